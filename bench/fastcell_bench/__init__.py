@@ -1,0 +1,14 @@
+"""The benchmark behind `fastcell bench`: fastcell against its peers, one process per contender.
+
+cases.py       what is timed: a layer, its sizes, inference or training; FLOPs and bytes
+problem.py     the numbers of a case: weights, inputs, lengths, the gradient fed to the output
+contenders/    one small file per library: how it runs a case
+worker.py      the process that holds one contender
+processes.py   the other end of the pipe: start, ask, stop, continue, kill
+judge.py       results equal within tolerance, or no time is printed
+limits.py      what the machine allows: FMA rate and read bandwidth
+runner.py      alternating blocks over all rows
+ratios.py      medians, ratios, geometric means
+table.py, record.py, plot.py   the same run for a terminal, a program and the eye
+cli.py         options
+"""

@@ -1,0 +1,371 @@
+// The thin layer between Python and the engines: pointers and sizes in, plain structures out.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace py = pybind11;
+
+namespace fastcell {
+namespace {
+
+using Pointer = std::uintptr_t;
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    const char* wanted = std::getenv("FASTCELL_ISA");
+    const char* error = nullptr;
+    const Kernels* found = choose_kernels(wanted, &error);
+    if (!found) throw std::runtime_error(std::string("FASTCELL_ISA=") + wanted + " " + error);
+    return *found;
+  }();
+  return chosen;
+}
+
+template <class T = void>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+std::vector<const void*> as_pointers(const std::vector<Pointer>& from) {
+  std::vector<const void*> to;
+  to.reserve(from.size());
+  for (Pointer p : from) to.push_back(as<const void>(p));
+  return to;
+}
+
+Cell cell_named(const std::string& name) {
+  if (name == "rnn_tanh") return Cell::kRnnTanh;
+  if (name == "rnn_relu") return Cell::kRnnRelu;
+  if (name == "lstm") return Cell::kLstm;
+  if (name == "gru") return Cell::kGru;
+  throw std::invalid_argument("cell must be rnn_tanh, rnn_relu, lstm or gru, got " + name);
+}
+
+// Large fresh buffers are faulted in page by page; huge pages make that, and the TLB's work, cheap.
+// A hint only: failure changes nothing.
+void prefer_huge_pages(void* p, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kHuge = std::uintptr_t(1) << 21;
+  if (!p || bytes < int64_t(16 * kHuge)) return;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
+  const std::uintptr_t end =
+      (reinterpret_cast<std::uintptr_t>(p) + std::uintptr_t(bytes)) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// A stack of layers with its kernels: what Python holds per configuration.
+class BoundStack {
+ public:
+  BoundStack(const std::string& cell, bool float64, int64_t input, int64_t hidden, int64_t proj,
+             int layers, int directions, bool bias)
+      : stack_{cell_named(cell),
+               float64 ? DType::kFloat64 : DType::kFloat32,
+               input,
+               hidden,
+               proj > 0 ? proj : hidden,
+               proj > 0,
+               bias,
+               layers,
+               directions},
+        kernels_(kernels().cells[int(stack_.dtype)][int(stack_.cell)]) {
+    if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
+      throw std::invalid_argument(
+          "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
+    }
+  }
+
+  int64_t item_size() const { return stack_.dtype == DType::kFloat32 ? 4 : 8; }
+  int64_t packed_bytes() const { return kernels_.packed_bytes(stack_); }
+  int64_t reserve_row_elements() const {
+    return ReserveLayout(stack_, kernels_.saved, kernels_.states).row_elements;
+  }
+
+  void pack(const std::vector<Pointer>& weights, Pointer packed, int threads) const {
+    struct Job {
+      const BoundStack& self;
+      std::vector<const void*> weights;
+      void* packed;
+    } job{*this, as_pointers(weights), as(packed)};
+    if (int(weights.size()) != stack_.layers * stack_.directions * stack_.weights_each()) {
+      throw std::invalid_argument("pack: wrong number of weights");
+    }
+    prefer_huge_pages(job.packed, packed_bytes());
+    py::gil_scoped_release release;
+    // Sharing it out pays from about 1 MB on.
+    run_team(
+        packed_bytes() < (1 << 20) ? 1 : threads,
+        [](const Team& team, Barrier*, const void* context) {
+          const Job& job = *static_cast<const Job*>(context);
+          job.self.kernels_.pack(job.self.stack_, job.weights.data(), job.packed, team);
+        },
+        &job);
+  }
+
+  Timeline timeline(int64_t steps, int64_t batch, int64_t rows, Pointer offsets) const {
+    return {steps, batch, rows, as<const int64_t>(offsets)};
+  }
+
+  Schedule schedule(const Timeline& time, int threads) const {
+    return choose_schedule(stack_, time, kernels_, threads);
+  }
+
+  py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets,
+                    int threads) const {
+    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads);
+    return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads);
+  }
+
+  // Sizes without tensors: the call's pointers do not matter to it.
+  int64_t forward_workspace(int64_t steps, int64_t batch, int64_t rows, bool keep,
+                            bool masks) const {
+    ForwardCall call{};
+    call.stack = stack_;
+    call.time = {steps, batch, rows, nullptr};
+    call.reserve = keep ? &call : nullptr;
+    call.masks = masks ? &call : nullptr;
+    return kernels_.forward_workspace(call);
+  }
+
+  int64_t backward_workspace(int64_t steps, int64_t batch, int64_t rows, bool masks,
+                             int threads) const {
+    BackwardCall call{};
+    call.stack = stack_;
+    call.time = {steps, batch, rows, nullptr};
+    call.masks = masks ? &call : nullptr;
+    return kernels_.backward_workspace(call, threads);
+  }
+
+  void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
+               int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y, Pointer h_final,
+               Pointer c_final, Pointer masks, Pointer packed, Pointer reserve, Pointer workspace,
+               int threads) const {
+    ForwardCall call{};
+    call.stack = stack_;
+    call.time = timeline(steps, batch, rows, offsets);
+    call.schedule = schedule(call.time, threads);
+    call.x = {as<const char>(x), x_step, x_row, offsets != 0};
+    call.state[0] = as(h0);
+    call.state[1] = as(c0);
+    call.final_state[0] = as(h_final);
+    call.final_state[1] = as(c_final);
+    call.y = as(y);
+    call.masks = as(masks);
+    call.packed = as(packed);
+    call.reserve = as(reserve);
+    call.workspace = as(workspace);
+    prefer_huge_pages(call.reserve, rows * reserve_row_elements() * item_size());
+    prefer_huge_pages(call.y, rows * stack_.directions * stack_.output * item_size());
+    launch(call, kernels_.forward);
+  }
+
+  void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
+                int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
+                int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
+                Pointer d_h0, Pointer d_c0, Pointer y, Pointer masks,
+                const std::vector<Pointer>& weights, const std::vector<Pointer>& d_weights,
+                Pointer reserve, Pointer workspace, int64_t d_x_step, int64_t d_x_row,
+                int threads) const {
+    const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
+    if (weights.size() != expected || d_weights.size() != expected) {
+      throw std::invalid_argument("backward: wrong number of weights");
+    }
+    const std::vector<const void*> w = as_pointers(weights);
+    std::vector<void*> d_w;
+    d_w.reserve(d_weights.size());
+    for (Pointer p : d_weights) d_w.push_back(as(p));
+    BackwardCall call{};
+    call.stack = stack_;
+    call.time = timeline(steps, batch, rows, offsets);
+    call.schedule = schedule(call.time, threads);
+    const bool packed = offsets != 0;
+    call.x = {as<const char>(x), x_step, x_row, packed};
+    call.d_x = {as<char>(d_x), d_x_step, d_x_row, packed};
+    call.d_y = {as<const char>(d_y), d_y_step, d_y_row, packed};
+    call.state[0] = as(h0);
+    call.state[1] = as(c0);
+    call.d_final[0] = as(d_h_final);
+    call.d_final[1] = as(d_c_final);
+    call.d_state[0] = as(d_h0);
+    call.d_state[1] = as(d_c0);
+    call.y = as(y);
+    call.masks = as(masks);
+    call.weights = w.data();
+    call.d_weights = d_w.data();
+    call.reserve = as(reserve);
+    call.workspace = as(workspace);
+    prefer_huge_pages(call.workspace, kernels_.backward_workspace(call, threads));
+    prefer_huge_pages(call.d_x.base, rows * stack_.input * item_size());
+    launch(call, kernels_.backward);
+  }
+
+ private:
+  template <class Call>
+  static void launch(const Call& call, void (*kernel)(const Call&, const Team&, Barrier*)) {
+    struct Job {
+      const Call& call;
+      void (*kernel)(const Call&, const Team&, Barrier*);
+    } job{call, kernel};
+    py::gil_scoped_release release;
+    run_team(
+        call.schedule.threads(),
+        [](const Team& team, Barrier* barriers, const void* context) {
+          const Job& job = *static_cast<const Job*>(context);
+          job.kernel(job.call, team, barriers);
+        },
+        &job);
+  }
+
+  Stack stack_;
+  CellKernels kernels_;
+};
+
+// A hash over up to 64 elements of each tensor, spread evenly: notices a weight that was written
+// without torch's version counter (through .data or a NumPy view). Not every single element is
+// looked at: reading all weights would cost as much as a step does.
+std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size) {
+  constexpr int64_t kSamples = 64;
+  constexpr int64_t kWhole = 256;  // small tensors are read whole: gradcheck moves single elements
+  std::uint64_t hash = 1469598103934665603ull;
+  for (const auto& [pointer, count] : tensors) {
+    const char* base = as<const char>(pointer);
+    const int64_t samples = count <= kWhole ? count : kSamples;
+    for (int64_t i = 0; i < samples; ++i) {
+      // An odd stride pattern, so that samples do not all fall into one row or column.
+      const int64_t at = count <= kWhole ? i : (i * (count / kSamples) + i * 7) % count;
+      std::uint64_t bits = 0;
+      std::memcpy(&bits, base + at * item_size, size_t(item_size));
+      hash = (hash ^ bits) * 1099511628211ull;
+      hash ^= hash >> 29;
+    }
+  }
+  return hash;
+}
+
+double measure_fma_peak(int threads, double seconds) {
+  struct Job {
+    double seconds;
+    std::vector<double> rates;
+  } job{seconds, std::vector<double>(size_t(threads), 0.0)};
+  py::gil_scoped_release release;
+  run_team(
+      threads,
+      [](const Team& team, Barrier*, const void* context) {
+        Job& job = *static_cast<Job*>(const_cast<void*>(context));
+        float sink[64];
+        using Clock = std::chrono::steady_clock;
+        kernels().run_fma(100000, sink);
+        team.sync();
+        const auto start = Clock::now();
+        int64_t flops = 0;
+        double elapsed = 0;
+        while ((elapsed = std::chrono::duration<double>(Clock::now() - start).count()) <
+               job.seconds) {
+          flops += kernels().run_fma(100000, sink);
+        }
+        job.rates[size_t(team.index)] = double(flops) / elapsed;
+      },
+      &job);
+  double total = 0;
+  for (double rate : job.rates) total += rate;
+  return total;
+}
+
+double measure_read_bandwidth(int64_t bytes_per_thread, int threads, double seconds) {
+  struct Job {
+    double seconds;
+    int64_t count;
+    std::vector<std::vector<float>> data;
+    std::vector<double> rates;
+  } job{seconds, bytes_per_thread / 4, {}, std::vector<double>(size_t(threads), 0.0)};
+  py::gil_scoped_release release;
+  for (int i = 0; i < threads; ++i) job.data.emplace_back(size_t(job.count) + 16, 1.0f);
+  run_team(
+      threads,
+      [](const Team& team, Barrier*, const void* context) {
+        Job& job = *static_cast<Job*>(const_cast<void*>(context));
+        // Whole cache lines, as the kernels' packed weights are.
+        const auto start_of_data =
+            reinterpret_cast<std::uintptr_t>(job.data[size_t(team.index)].data());
+        const float* data = as<const float>((start_of_data + 63) & ~std::uintptr_t(63));
+        float sink[64];
+        using Clock = std::chrono::steady_clock;
+        kernels().read(data, job.count, sink);
+        team.sync();
+        const auto start = Clock::now();
+        int64_t bytes = 0;
+        double elapsed = 0;
+        const int64_t rounds = 1 + (1 << 22) / (job.count * 4 + 1);
+        while ((elapsed = std::chrono::duration<double>(Clock::now() - start).count()) <
+               job.seconds) {
+          for (int64_t i = 0; i < rounds; ++i) kernels().read(data, job.count, sink);
+          bytes += rounds * job.count * 4;
+        }
+        job.rates[size_t(team.index)] = double(bytes) / elapsed;
+      },
+      &job);
+  double total = 0;
+  for (double rate : job.rates) total += rate;
+  return total;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "fastcell's kernels, on raw pointers; fastcell.ops is the layer that knows tensors.";
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        int count;
+        const Kernels* const* all = compiled_kernels(&count);
+        std::vector<std::string> names;
+        for (int i = 0; i < count; ++i) {
+          if (supported(*all[i])) names.emplace_back(all[i]->isa);
+        }
+        return names;
+      },
+      "The instruction sets that this build and this CPU have, lowest first.");
+  m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"));
+  m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
+        "float32 operations per second of independent FMA chains on all threads together.");
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("bytes_per_thread"),
+        py::arg("threads"), py::arg("seconds"),
+        "Bytes per second read by all threads together, each from its own array of that size.");
+  const auto bind_map = [&m](const char* name, bool is_tanh) {
+    m.def(
+        name,
+        [is_tanh](Pointer x, Pointer y, int64_t count, bool float64) {
+          py::gil_scoped_release release;
+          (is_tanh ? kernels().tanh : kernels().sigmoid)(
+              float64 ? DType::kFloat64 : DType::kFloat32, as(x), as(y), count);
+        },
+        py::arg("x"), py::arg("y"), py::arg("count"), py::arg("float64"));
+  };
+  bind_map("tanh", true);
+  bind_map("sigmoid", false);
+
+  py::class_<BoundStack>(m, "Stack", "A configuration of layers with the kernels that run it.")
+      .def(py::init<const std::string&, bool, int64_t, int64_t, int64_t, int, int, bool>(),
+           py::arg("cell"), py::arg("float64"), py::arg("input"), py::arg("hidden"),
+           py::arg("proj"), py::arg("layers"), py::arg("directions"), py::arg("bias"))
+      .def_property_readonly("packed_bytes", &BoundStack::packed_bytes)
+      .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
+      .def("pack", &BoundStack::pack)
+      .def("explain", &BoundStack::explain)
+      .def("forward_workspace", &BoundStack::forward_workspace)
+      .def("backward_workspace", &BoundStack::backward_workspace)
+      .def("forward", &BoundStack::forward)
+      .def("backward", &BoundStack::backward);
+}
+
+}  // namespace fastcell

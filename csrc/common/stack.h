@@ -1,0 +1,154 @@
+// The plain structures that cross from the bindings into an engine: sizes, strides, raw pointers.
+//
+// Every function is always inlined: the header is compiled once per instruction set, and the linker
+// must find no copy that it could share between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "portable.h"
+
+namespace fastcell {
+
+constexpr int kMaxStates = 2;
+
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru };
+constexpr int kCells = 4;
+
+enum class DType { kFloat32, kFloat64 };
+constexpr int kDTypes = 2;
+
+// A stack of recurrent layers, as its constructor describes it.
+struct Stack {
+  Cell cell;
+  DType dtype;
+  int64_t input;   // features of x_t
+  int64_t hidden;  // hidden units
+  int64_t output;  // features of h_t: the projection's size, or hidden
+  bool projected;
+  bool bias;
+  int layers;
+  int directions;  // 1 or 2
+
+  FASTCELL_INLINE int64_t layer_input(int layer) const {
+    return layer == 0 ? input : directions * output;
+  }
+  FASTCELL_INLINE int64_t state_size(int state) const { return state == 0 ? output : hidden; }
+  // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
+  FASTCELL_INLINE int weights_each() const { return 2 + (bias ? 2 : 0) + (projected ? 1 : 0); }
+};
+
+// Which rows exist: step t has alive(t) samples, a prefix of the batch; rows are time-major.
+struct Timeline {
+  int64_t steps;
+  int64_t batch;
+  int64_t rows;
+  const int64_t* offsets;  // packed: steps + 1 row offsets; padded: null
+
+  FASTCELL_INLINE int64_t first(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  FASTCELL_INLINE int64_t alive(int64_t t) const {
+    return offsets ? offsets[t + 1] - offsets[t] : batch;
+  }
+};
+
+// How a team of threads shares one layer: directions apart, the batch apart, hidden units apart
+// (the last with one barrier per step).
+struct Schedule {
+  int direction_groups;
+  int batch_groups;
+  int unit_threads;
+  FASTCELL_INLINE int threads() const { return direction_groups * batch_groups * unit_threads; }
+};
+
+// Where a row (t, b) of the caller's tensor lies.
+template <class T>
+struct RowMap {
+  T* base;
+  int64_t step;  // elements between steps; unused when packed
+  int64_t row;   // elements between samples of one step
+  bool packed;
+
+  FASTCELL_INLINE T* at(int64_t t, int64_t b, int64_t r) const {
+    return packed ? base + r * row : base + t * step + b * row;
+  }
+};
+
+struct ForwardCall {
+  Stack stack;
+  Timeline time;
+  Schedule schedule;
+  RowMap<const char> x;           // in elements; base as bytes
+  const void* state[kMaxStates];  // (L*D, B, .) each, or null for zeros
+  void* final_state[kMaxStates];  // (L*D, B, .) each
+  void* y;                        // (rows, D*output)
+  const void* masks;              // (L-1, rows, D*output), scaled, or null
+  const void* packed;             // what pack() made
+  void* reserve;                  // kept for the backward call, or null
+  void* workspace;
+};
+
+struct BackwardCall {
+  Stack stack;
+  Timeline time;
+  Schedule schedule;
+  RowMap<const char> x;
+  RowMap<char> d_x;        // base null: not asked for
+  RowMap<const char> d_y;  // base null: zero
+  const void* state[kMaxStates];
+  const void* d_final[kMaxStates];  // null: zero
+  void* d_state[kMaxStates];        // null: not asked for
+  const void* y;
+  const void* masks;
+  const void* const* weights;  // flat, torch's order
+  void* const* d_weights;      // flat; null entries are not asked for
+  const void* reserve;
+  void* workspace;
+};
+
+// A bump allocator over one buffer; on a null base it only measures.
+class Arena {
+ public:
+  explicit FASTCELL_INLINE Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  FASTCELL_INLINE T* take(int64_t count) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  FASTCELL_INLINE int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// What the forward call keeps for the backward call. Independent of instruction set and threads.
+struct ReserveLayout {
+  int64_t row_elements;                // in all, per row
+  int64_t saved, states, cell_output;  // per row, of one layer and direction
+
+  FASTCELL_INLINE ReserveLayout(const Stack& s, int saved_values, int state_count)
+      : saved(saved_values * s.hidden),
+        states((state_count - 1) * s.hidden),
+        cell_output(s.projected ? s.hidden : 0) {
+    row_elements = each() * s.layers * s.directions + s.output * s.directions * (s.layers - 1);
+  }
+  FASTCELL_INLINE int64_t each() const { return saved + states + cell_output; }
+
+  // Offsets in elements, for `rows` rows.
+  FASTCELL_INLINE int64_t saved_at(const Stack& s, int layer, int dir, int64_t rows) const {
+    return rows * each() * (int64_t(layer) * s.directions + dir);
+  }
+  FASTCELL_INLINE int64_t states_at(const Stack& s, int layer, int dir, int64_t rows) const {
+    return saved_at(s, layer, dir, rows) + rows * saved;
+  }
+  FASTCELL_INLINE int64_t cell_output_at(const Stack& s, int layer, int dir, int64_t rows) const {
+    return states_at(s, layer, dir, rows) + rows * states;
+  }
+  FASTCELL_INLINE int64_t layer_output_at(const Stack& s, int layer, int64_t rows) const {
+    return rows * (each() * s.layers * s.directions + s.output * s.directions * layer);
+  }
+};
+
+}  // namespace fastcell

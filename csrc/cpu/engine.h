@@ -1,0 +1,46 @@
+// What the CPU engine offers to the bindings: one table of functions per instruction set.
+#pragma once
+
+#include "../common/stack.h"
+#include "team.h"
+
+namespace fastcell {
+
+// The kernels of one cell at one dtype.
+struct CellKernels {
+  int saved;  // values kept per hidden unit and row for the backward call
+  int states;
+  int gates;
+  int lanes;  // of one vector
+  int64_t (*packed_bytes)(const Stack&);
+  void (*pack)(const Stack&, const void* const* weights, void* packed, const Team&);
+  int64_t (*forward_workspace)(const ForwardCall&);
+  void (*forward)(const ForwardCall&, const Team&, Barrier*);
+  int64_t (*backward_workspace)(const BackwardCall&, int threads);
+  void (*backward)(const BackwardCall&, const Team&, Barrier*);
+};
+
+struct Kernels {
+  const char* isa;
+  CellKernels cells[kDTypes][kCells];
+  // The vector functions over an array, for the tests of their contract.
+  void (*tanh)(DType, const void* x, void* y, int64_t count);
+  void (*sigmoid)(DType, const void* x, void* y, int64_t count);
+  // For the benchmark's limits: FMA operations done, and bytes read (`sink` keeps them alive).
+  int64_t (*run_fma)(int64_t rounds, float* sink);
+  void (*read)(const float* from, int64_t count, float* sink);
+};
+
+// The instruction sets compiled in, lowest first, and whether this CPU has them.
+const Kernels* const* compiled_kernels(int* count);
+bool supported(const Kernels& kernels);
+
+// The set in use: the highest supported, or FASTCELL_ISA if set. Null with `error` set if
+// FASTCELL_ISA names something that is not there.
+const Kernels* choose_kernels(const char* wanted, const char** error);
+
+// How `threads` threads should share a call.
+Schedule choose_schedule(const Stack& stack, const Timeline& time, const CellKernels& cell,
+                         int threads);
+
+}  // namespace fastcell

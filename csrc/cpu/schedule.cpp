@@ -1,0 +1,94 @@
+// Which way of sharing a call among threads costs least, by a model of the machine.
+#include <unistd.h>
+
+#include "engine.h"
+
+namespace fastcell {
+namespace {
+
+// Nanoseconds and bytes per nanosecond of a current server core. Only their ratios decide, and only
+// between ways that all give the same result.
+constexpr double kFmaPerLane = 6.0;       // two units at 3 GHz
+constexpr double kNearBandwidth = 100.0;  // weights in the core's own cache
+constexpr double kFarBandwidth = 30.0;    // weights in the shared cache
+constexpr double kBarrier = 250.0;        // per step; plus a little for every thread
+constexpr double kBarrierPerThread = 30.0;
+constexpr double kWake = 5000.0;  // a team's start and end, per call
+constexpr int kTileRows = 6;
+
+double own_cache_bytes() {
+  static const double bytes = [] {
+    long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return size > 0 ? double(size) : double(1 << 20);
+  }();
+  return bytes;
+}
+
+double ceiling(double a, double b) { return double(int64_t((a + b - 1) / b)); }
+
+struct Model {
+  const Stack& s;
+  const Timeline& time;
+  const CellKernels& cell;
+
+  // Time of the whole call, in nanoseconds.
+  double cost(const Schedule& schedule) const {
+    const double item = s.dtype == DType::kFloat32 ? 4 : 8;
+    const double samples = time.steps > 0 ? double(time.rows) / double(time.steps) : 0;
+    const double rows = ceiling(samples, schedule.batch_groups);
+    const double columns = double(cell.gates) * double(s.hidden);
+    const double rate = kFmaPerLane * cell.lanes;
+
+    // Work is handed out as panels times row tiles: the largest share sets the pace.
+    const double panels = ceiling(double(s.hidden) * (cell.gates == 1 ? 0.25 : 1.0), cell.lanes);
+    const double units = panels * ceiling(rows, kTileRows);
+    const double share = ceiling(units, schedule.unit_threads) / (units > 0 ? units : 1);
+
+    const double weights = columns * double(s.output) * item * share;
+    const double bandwidth = weights <= own_cache_bytes() ? kNearBandwidth : kFarBandwidth;
+    double step = rows * columns * double(s.output) * share / rate;
+    if (weights / bandwidth > step) step = weights / bandwidth;
+    if (schedule.unit_threads > 1) step += kBarrier + kBarrierPerThread * schedule.unit_threads;
+
+    double total = schedule.threads() > 1 ? kWake : 0;
+    for (int layer = 0; layer < s.layers; ++layer) {
+      const double projection =
+          double(time.steps) * rows * columns * double(s.layer_input(layer)) * share / rate;
+      total +=
+          (double(time.steps) * step + projection) * (s.directions / schedule.direction_groups);
+    }
+    return total;
+  }
+};
+
+}  // namespace
+
+Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels& cell,
+                         int threads) {
+  const Model model{s, time, cell};
+  Schedule best{1, 1, 1};
+  double least = model.cost(best);
+  for (int directions = 1; directions <= s.directions; ++directions) {
+    const int each = threads / directions;
+    for (int groups = 1; groups <= each && groups * directions < kMaxBarriers; ++groups) {
+      // Samples of a ragged batch end at different steps: parts of the batch would not be equal.
+      if (groups > 1 && (time.offsets || groups > time.batch)) break;
+      const int most = each / groups;
+      for (int units = 1; units <= most;
+           units = units < most && units * 2 > most ? most : units * 2) {
+        const Schedule candidate{directions, groups, units};
+        const double cost = model.cost(candidate);
+        if (cost < least) {
+          least = cost;
+          best = candidate;
+        }
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace fastcell

@@ -1,0 +1,38 @@
+"""fastcell: fused recurrent layers for PyTorch, drop-in for torch.nn.RNN, LSTM and GRU.
+
+    import fastcell
+    layer = fastcell.LSTM(128, 256, num_layers=2, batch_first=True)   # as torch.nn.LSTM
+    output, (h, c) = layer(input)
+
+``fastcell.convert(model)`` swaps the layers of a model that exists already.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+# torch first: it brings the OpenMP runtime that the kernels share with it.
+import torch as _torch  # noqa: F401  # isort: skip
+
+from . import functional, reference
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .convert import convert, revert
+from .explain import explain
+from .info import info
+from .modules import GRU, LSTM, RNN
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "info",
+    "reference",
+    "revert",
+]

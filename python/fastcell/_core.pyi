@@ -1,0 +1,138 @@
+"""The extension's interface, kept by hand; tests/test_stubs.py holds it against the module.
+
+Everything that is called "pointer" here is an address as an int, 0 for none. The extension trusts
+its callers: addresses, sizes and strides (in elements) are not checked. ``fastcell.cpu`` is the one
+place that calls the kernels, ``fastcell.packing`` the one that packs.
+"""
+
+from collections.abc import Sequence
+
+def isa() -> str:
+    """The instruction set in use: the highest of ``isas()``, or ``FASTCELL_ISA``.
+
+    Raises RuntimeError if ``FASTCELL_ISA`` names one that this build or this CPU lacks.
+    """
+
+def isas() -> list[str]:
+    """The instruction sets that this build and this CPU have, lowest first."""
+
+def fingerprint(tensors: Sequence[tuple[int, int]], item_size: int) -> int:
+    """A hash over a sample of the elements of (pointer, number of elements) each."""
+
+def tanh(x: int, y: int, count: int, float64: bool) -> None:
+    """The kernels' tanh of ``count`` elements from pointer ``x`` to pointer ``y``."""
+
+def sigmoid(x: int, y: int, count: int, float64: bool) -> None:
+    """The kernels' logistic sigmoid, as ``tanh``."""
+
+def measure_fma_peak(threads: int, seconds: float) -> float:
+    """float32 operations per second of independent FMA chains on all threads together."""
+
+def measure_read_bandwidth(bytes_per_thread: int, threads: int, seconds: float) -> float:
+    """Bytes per second read by all threads together, each from its own array of that size."""
+
+class Stack:
+    """A configuration of layers with the kernels that run it."""
+
+    def __init__(
+        self,
+        cell: str,
+        float64: bool,
+        input: int,
+        hidden: int,
+        proj: int,
+        layers: int,
+        directions: int,
+        bias: bool,
+    ) -> None:
+        """``cell``: a key of ``fastcell.cells.CELLS``; ``proj``: 0 for no projection.
+
+        Raises ValueError for a name or a size that no stack has.
+        """
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights."""
+
+    @property
+    def reserve_row_elements(self) -> int:
+        """Elements that a forward call keeps per row (t, b) for its backward call."""
+
+    def pack(self, weights: Sequence[int], packed: int, threads: int, /) -> None:
+        """Lay out the weights (pointers, flat, in torch's order) at ``packed``.
+
+        Raises ValueError for a wrong number of weights.
+        """
+
+    def explain(
+        self, steps: int, batch: int, rows: int, offsets: int, threads: int, /
+    ) -> tuple[int, int, int]:
+        """How a call would be shared out: (direction groups, batch groups, threads per group)."""
+
+    def forward_workspace(
+        self, steps: int, batch: int, rows: int, keep: bool, masks: bool, /
+    ) -> int:
+        """Bytes that ``forward`` needs at ``workspace``."""
+
+    def backward_workspace(
+        self, steps: int, batch: int, rows: int, masks: bool, threads: int, /
+    ) -> int:
+        """Bytes that ``backward`` needs at ``workspace``."""
+
+    def forward(
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        offsets: int,
+        x: int,
+        x_step: int,
+        x_row: int,
+        h0: int,
+        c0: int,
+        y: int,
+        h_final: int,
+        c_final: int,
+        masks: int,
+        packed: int,
+        reserve: int,
+        workspace: int,
+        threads: int,
+        /,
+    ) -> None:
+        """Run the stack; with ``reserve`` keep what ``backward`` needs."""
+
+    def backward(
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        offsets: int,
+        x: int,
+        x_step: int,
+        x_row: int,
+        d_x: int,
+        d_y: int,
+        d_y_step: int,
+        d_y_row: int,
+        h0: int,
+        c0: int,
+        d_h_final: int,
+        d_c_final: int,
+        d_h0: int,
+        d_c0: int,
+        y: int,
+        masks: int,
+        weights: Sequence[int],
+        d_weights: Sequence[int],
+        reserve: int,
+        workspace: int,
+        d_x_step: int,
+        d_x_row: int,
+        threads: int,
+        /,
+    ) -> None:
+        """Write the gradients whose pointers are given.
+
+        Raises ValueError for a wrong number of weights.
+        """

@@ -1,0 +1,185 @@
+"""The derivative rules: the forward call, its backward call, and the derivative of that.
+
+``RecurrentStack`` serves direct calls of the kernels and the operators under torch.compile,
+``MappableStack`` those inside of torch.func; they share the backward call and its derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import operators, transforms, vmap
+from .cells import CELLS
+from .double_backward import composite_backward, double_backward
+from .plan import Config
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def differentiable(
+    config: Config,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The stack's output and final states, with the graph for their derivatives."""
+    hx = hx or ()
+    arguments = (config, len(hx), batch_sizes, masks, input, *hx, *weights)
+    if _transforms_active():
+        output, *states, _ = MappableStack.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        # The Python part of Function.apply serves torch.func alone, and takes longer than a small
+        # step does.
+        apply = super(Function, RecurrentStack).apply
+        output, *states = apply(*arguments)  # type: ignore[no-untyped-call]
+    return output, states
+
+
+class RecurrentStack(Function):
+    """(input, *hx, *weights) -> (output, *final states)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config: Config,
+        state_count: int,
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        input: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        hx, weights = tensors[:state_count] or None, tensors[state_count:]
+        output, states, reserve = operators.forward(
+            config, input, hx, weights, batch_sizes, masks, True
+        )
+        ctx.config, ctx.state_count = config, state_count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, masks, output, reserve, input, *tensors)
+        return output, *states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _backward(ctx, grads)
+
+
+class MappableStack(Function):
+    """The same for torch.func: (input, *hx, *weights) -> (output, *final states, reserve).
+
+    There, what backward needs must be an output, and ``apply`` costs much more.
+    """
+
+    @staticmethod
+    def forward(
+        config: Config,
+        state_count: int,
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        input: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        hx, weights = tensors[:state_count] or None, tensors[state_count:]
+        output, states, reserve = operators.forward(
+            config, input, hx, weights, batch_sizes, masks, True
+        )
+        return output, *states, reserve
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.config, ctx.state_count, batch_sizes, masks, *tensors = inputs
+        reserve = output[-1]
+        ctx.mark_non_differentiable(reserve)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, masks, output[0], reserve, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _backward(ctx, grads[:-1])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap.forward(MappableStack.apply, info.batch_size, in_dims, *args)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
+    """The gradients for the arguments of ``apply``; ``grads``: of output and final states."""
+    batch_sizes, masks, output, reserve, input, *tensors = ctx.saved_tensors
+    config, state_count, needs = ctx.config, ctx.state_count, ctx.needs_input_grad[4:]
+    hx, weights = tensors[:state_count] or None, tensors[state_count:]
+    if transforms.forward_mode() or any([g is not None and _is_legacy_batched(g) for g in grads]):
+        # Without rules: forward mode of what ran before in reverse, and the old vmap of
+        # torch.autograd.grad(is_grads_batched=True).
+        found = composite_backward(config, grads, input, hx, weights, batch_sizes, masks, needs)
+    elif torch.is_grad_enabled() or _transforms_active():
+        saved = (batch_sizes, masks, output, reserve)
+        some = iter(
+            RecurrentStackGradient.apply(  # type: ignore[no-untyped-call]
+                config, state_count, needs, *saved, *grads, input, *tensors
+            )
+        )
+        found = [next(some) if need else None for need in needs]
+    else:
+        found = operators.backward(
+            config, grads[0], grads[1:], input, hx, weights, batch_sizes, masks, output, reserve,
+            needs,
+        )  # fmt: skip
+    return None, None, None, None, *found
+
+
+class RecurrentStackGradient(Function):
+    """(*gradients of output and final states, input, *hx, *weights) -> the gradients needed."""
+
+    @staticmethod
+    def forward(
+        config: Config,
+        state_count: int,
+        needs: Sequence[bool],
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        output: Tensor,
+        reserve: Tensor,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        (grad_output, *grad_states), input, hx, weights = _split(config, state_count, tensors)
+        found = operators.backward(
+            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, output,
+            reserve, needs,
+        )  # fmt: skip
+        return tuple([grad for grad in found if grad is not None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # The derivative recomputes what it needs: output and reserve (inputs 5, 6) are not saved.
+        ctx.config, ctx.state_count, ctx.needs, batch_sizes, masks, _, _, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, masks, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        batch_sizes, masks, *tensors = ctx.saved_tensors
+        grads, input, hx, weights = _split(ctx.config, ctx.state_count, tensors)
+        found = double_backward(
+            ctx.config, grads, input, hx, weights, batch_sizes, masks, ctx.needs, grad_grads,
+            ctx.needs_input_grad[7:],
+        )  # fmt: skip
+        return *(None,) * 7, *found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap.backward(
+            RecurrentStackGradient.apply, MappableStack.apply, info.batch_size, in_dims, *args
+        )
+
+
+def _split(config: Config, state_count: int, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """(*gradients, input, *hx, *weights) -> (gradients, input, hx or None, weights)."""
+    at = 1 + CELLS[config.cell].states
+    states = at + 1 + state_count
+    return tensors[:at], tensors[at], tensors[at + 1 : states] or None, tensors[states:]

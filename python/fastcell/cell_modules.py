@@ -1,0 +1,241 @@
+"""RNNCell, LSTMCell and GRUCell: one step of a layer, as torch.nn's cells.
+
+A cell is a sequence of one step and runs through the layers' operator. Parameters, their initial
+numbers and ``extra_repr`` are inherited from torch.nn.RNNCellBase.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .cells import CELLS
+from .checks import check_tensors
+from .functional import States
+from .modules import Swappable
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _Cell(Swappable, torch.nn.RNNCellBase):
+    """What the three cells have in common: one step on checked ranks."""
+
+    def _step(self, cell: str, input: Tensor, states: States | None) -> States:
+        """One step; input (B, I) or (I,), states and results (B, H) or (H,).
+
+        The caller has refused other ranks.
+        """
+        spec = CELLS[cell]
+        w_ih, w_hh, b_ih, b_hh = self._weights()
+        if w_ih is None or w_hh is None:
+            name, position = ("w_ih", 3) if w_ih is None else ("w_hh", 4)
+            raise TypeError(
+                f"{cell}_cell(): argument '{name}' (position {position}) must be Tensor, "
+                "not NoneType"
+            )
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            if states is not None:
+                states = tuple([state.unsqueeze(0) for state in states])
+        batch, features = input.shape
+        input_size = w_ih.shape[1]
+        if features != input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {features} expected {input_size}"
+            )
+        hidden_size = w_hh.shape[1]
+        if states is not None:
+            for state in states:
+                if state.shape != (batch, hidden_size):
+                    _refuse_states(states, batch, hidden_size)
+        elif self.hidden_size != hidden_size:
+            raise RuntimeError(
+                f"hidden0 has inconsistent hidden_size: got {self.hidden_size}, "
+                f"expected {hidden_size}"
+            )
+
+        weights = [w_ih, w_hh]
+        if b_ih is not None and b_hh is not None:
+            weights += b_ih, b_hh
+        elif b_ih is not None:  # torch lets one of the two be missing
+            weights += b_ih, torch.zeros_like(b_ih)
+        elif b_hh is not None:
+            weights += torch.zeros_like(b_hh), b_hh
+        bias = len(weights) == 4
+        check_tensors(input, states, weights, 1, spec.gates, input_size, hidden_size, 0, 1, 1, bias)
+        if hidden_size == 0:
+            # torch allows it. A state of no element is made so that a gradient can flow through.
+            states = (torch.nn.functional.linear(input, w_ih, b_ih),) * spec.states
+            return states if batched else tuple([state.squeeze(0) for state in states])
+        _, states = ops.sequence(
+            cell,
+            input.unsqueeze(0),
+            None if states is None else [state.unsqueeze(0) for state in states],
+            weights,
+            None,
+            num_layers=1,
+            bidirectional=False,
+            bias=bias,
+            batch_first=False,
+            dropout=0.0,
+            training=False,
+            single_step=True,
+        )
+        return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
+
+    def _weights(self) -> list[Tensor | None]:
+        # Looked up where parameters are first: Module.__getattr__ is slow at this scale. What a
+        # parametrization, weight_norm or pruning has put elsewhere comes through getattr.
+        parameters = self._parameters
+        return [
+            parameters[name] if name in parameters else getattr(self, name)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+
+
+def _refuse_states(states: States, batch: int, hidden_size: int) -> None:
+    for i, state in enumerate(states):
+        if state.shape[0] != batch:
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match hidden{i} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != hidden_size or state.dim() != 2:
+            raise RuntimeError(
+                f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, "
+                f"expected {hidden_size}"
+            )
+
+
+def _refuse_rank(title: str, what: str, rank: int) -> None:
+    raise ValueError(f"{title}: Expected {what} to be 1D or 2D, got {rank}D instead")
+
+
+class RNNCell(_Cell):
+    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Drop-in for torch.nn.RNNCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+
+    Call: ``h_1 = cell(input, h_0=None)``.
+        input: (B, I) or (I,).
+        h_0, h_1: (B, H) or (H,); zeros if not given.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.RNNCell, with the same messages.
+
+    Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if input.dim() not in (1, 2):
+            _refuse_rank("RNNCell", "input", input.dim())
+        if hx is not None and hx.dim() not in (1, 2):
+            _refuse_rank("RNNCell", "hidden", hx.dim())
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(_Cell):
+    """One step of long short-term memory, gates in the order i, f, g, o.
+
+    Drop-in for torch.nn.LSTMCell.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
+
+    Call: ``h_1, c_1 = cell(input, (h_0, c_0)=None)``.
+        input: (B, I) or (I,).
+        h_0, c_0, h_1, c_1: (B, H) or (H,); zeros if not given.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as torch.nn.LSTMCell, with the same messages.
+
+    Source: S. Hochreiter and J. Schmidhuber, Neural Computation 9 (1997); F. Gers et al. (2000).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if input.dim() not in (1, 2):
+            _refuse_rank("LSTMCell", "input", input.dim())
+        if hx is not None:
+            for i, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    _refuse_rank("LSTMCell", f"hx[{i}]", state.dim())
+            if isinstance(hx, Tensor):
+                raise TypeError(
+                    "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+                )
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+            hx = (hx[0], hx[1])
+        h, c = self._step("lstm", input, hx)
+        return h, c
+
+
+class GRUCell(_Cell):
+    """One step of a gated recurrent unit, gates in the order r, z, n, reset after the product.
+
+    Drop-in for torch.nn.GRUCell.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
+
+    Call: ``h_1 = cell(input, h_0=None)``, shapes as for :class:`RNNCell`.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.GRUCell, with the same messages.
+
+    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if input.dim() not in (1, 2):
+            _refuse_rank("GRUCell", "input", input.dim())
+        if hx is not None and hx.dim() not in (1, 2):
+            _refuse_rank("GRUCell", "hidden", hx.dim())
+        return self._step("gru", input, None if hx is None else (hx,))[0]

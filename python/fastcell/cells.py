@@ -1,0 +1,46 @@
+"""The table of cells: what the layers above the kernels must know of each one.
+
+A cell's equations live in two places only: ``csrc/cells/<cell>.h`` (the kernels) and
+``composite.py`` (the same step in plain torch operations); ``fastcell.reference`` holds the oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One recurrent cell, as a layer sees it.
+
+    Attributes:
+        name: the key used by the operators, the kernels and the reference.
+        gates: blocks of ``hidden_size`` rows in ``weight_ih`` and ``weight_hh``.
+        states: state tensors carried through time (h, or h and c).
+        projection: whether a ``weight_hr`` may follow the cell.
+        autocast: whether a whole layer runs in the autocast dtype on a CPU, as torch.nn's does.
+        autocast_cell: the same for the single-step module.
+    """
+
+    name: str
+    gates: int
+    states: int
+    projection: bool
+    autocast: bool
+    autocast_cell: bool
+
+
+CELLS: dict[str, CellSpec] = {
+    spec.name: spec
+    for spec in (
+        CellSpec("rnn_tanh", 1, 1, projection=False, autocast=True, autocast_cell=True),
+        CellSpec("rnn_relu", 1, 1, projection=False, autocast=True, autocast_cell=True),
+        CellSpec("lstm", 4, 2, projection=True, autocast=True, autocast_cell=False),
+        CellSpec("gru", 3, 1, projection=False, autocast=False, autocast_cell=False),
+    )
+}
+
+
+def weights_per_direction(bias: bool, projection: bool) -> int:
+    """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
+    return 2 + 2 * bias + projection

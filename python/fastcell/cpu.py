@@ -1,0 +1,326 @@
+"""From tensors to the CPU kernels and back: allocation, pointers, strides. No autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .packing import packed_weights
+from .plan import Config, bound_stack, plan_for
+
+__all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offsets"]
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def row_offsets(batch_sizes: Tensor) -> Tensor:
+    """(T,) batch sizes of a packed sequence -> (T + 1,) offsets of each step's first row."""
+    offsets = batch_sizes.new_zeros(batch_sizes.shape[0] + 1)
+    torch.cumsum(batch_sizes, 0, out=offsets[1:])
+    return offsets
+
+
+def _extent(
+    x: Tensor, batch_sizes: Tensor | None, batch_first: bool
+) -> tuple[int, int, int, Tensor | None]:
+    """(steps, batch, rows, first row of each step or None)."""
+    if batch_sizes is None:
+        steps, batch, _ = x.shape
+        if batch_first:
+            steps, batch = batch, steps
+        return steps, batch, steps * batch, None
+    return batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0], row_offsets(batch_sizes)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    if x.is_neg():  # a view that only says that its numbers are negated
+        x = x.resolve_neg()
+    return x if x.stride()[-1] == 1 else x.contiguous()
+
+
+def _dense(t: Tensor) -> Tensor:
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
+
+
+def _new(like: Tensor, rows: int, batch: int, width: int) -> Tensor:
+    # A third faster than new_empty.
+    return like.new_empty_strided((rows, batch, width), (batch * width, width, 1))
+
+
+def forward(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Runs the stack: (output, final states, what the backward call needs or None).
+
+    The arguments are taken as checked.
+    """
+    threads = torch.get_num_threads()
+    (stack, count, width, sizes), packed_w = packed_weights(config, x, weights, threads)
+    x = _dense_rows(x)
+    if batch_sizes is None:
+        offsets = None
+        steps, batch, _ = x.shape
+        x_step, x_row, _ = x.stride()
+        if config.batch_first:
+            steps, batch, x_step, x_row = batch, steps, x_row, x_step
+            # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
+            y = x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
+        else:
+            y = _new(x, steps, batch, width)
+        rows = steps * batch
+    else:
+        offsets = row_offsets(batch_sizes)
+        steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+        x_step, x_row = 0, x.stride()[0]
+        y = x.new_empty((rows, width))
+
+    h_final = _new(x, count, batch, sizes[0])
+    c_final = _new(x, count, batch, sizes[1]) if len(sizes) > 1 else None
+    reserve = x.new_empty(rows * stack.reserve_row_elements) if keep else None
+    workspace = x.new_empty(
+        stack.forward_workspace(steps, batch, rows, keep, masks is not None), dtype=torch.uint8
+    )
+    h = c = None
+    if hx is not None:
+        h = _dense(hx[0])
+        c = None if c_final is None else _dense(hx[1])
+    if masks is not None:
+        masks = masks.contiguous()
+    stack.forward(
+        steps,
+        batch,
+        rows,
+        0 if offsets is None else offsets.data_ptr(),
+        x.data_ptr(),
+        x_step,
+        x_row,
+        0 if h is None else h.data_ptr(),
+        0 if c is None else c.data_ptr(),
+        y.data_ptr(),
+        h_final.data_ptr(),
+        0 if c_final is None else c_final.data_ptr(),
+        0 if masks is None else masks.data_ptr(),
+        packed_w.data_ptr(),
+        0 if reserve is None else reserve.data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+    return y, [h_final] if c_final is None else [h_final, c_final], reserve
+
+
+def backward(
+    config: Config,
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
+
+    ``output`` and ``reserve`` are what ``forward`` returned for the other arguments.
+    """
+    stack = plan_for(config, x, weights).stack
+    hx = () if hx is None else [_dense(h) for h in hx]
+    weights = [w.contiguous() for w in weights]
+    # (empty_like is quicker than new_empty, and of a contiguous tensor it is contiguous.)
+    x = _dense_rows(x)
+    like = (x if x.is_contiguous() else x.new_empty(x.shape), *hx, *weights)
+    grads = [torch.empty_like(t) if need else None for t, need in zip(like, needs, strict=True)]
+    d_x, d_hx, d_weights = grads[0], grads[1 : 1 + len(hx)], grads[1 + len(hx) :]
+    d_y = None if grad_output is None else _dense_rows(grad_output)
+    x_step, x_row = x.stride()[:2]
+    d_x_step, d_x_row = (0, 0) if d_x is None else d_x.stride()[:2]
+    d_y_step, d_y_row = (0, 0) if d_y is None else d_y.stride()[:2]
+    if batch_sizes is None:
+        offsets = None
+        steps, batch, _ = x.shape
+        if config.batch_first:
+            steps, batch = batch, steps
+            output = output.transpose(0, 1)
+            x_step, x_row, d_x_step, d_x_row = x_row, x_step, d_x_row, d_x_step
+            d_y_step, d_y_row = d_y_row, d_y_step
+        rows = steps * batch
+    else:
+        # Rows alone: (rows, features).
+        offsets = row_offsets(batch_sizes)
+        steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+        x_row, d_x_row, d_y_row = x_step, d_x_step, d_y_step
+    if rows == 0:
+        _gradients_of_nothing(grads, d_hx, grad_states)
+        return grads
+
+    output = output.contiguous()
+    if masks is not None:
+        masks = masks.contiguous()
+    # None also stands for a second state that the cell does not have.
+    given = [None if g is None else _dense(g) for g in grad_states]
+    d_h_final, d_c_final = (*given, None)[:2]
+    h, c = (*hx, None, None)[:2]
+    d_h, d_c = (*d_hx, None, None)[:2]
+    threads = torch.get_num_threads()
+    workspace = x.new_empty(
+        stack.backward_workspace(steps, batch, rows, masks is not None, threads),
+        dtype=torch.uint8,
+    )
+    stack.backward(
+        steps,
+        batch,
+        rows,
+        0 if offsets is None else offsets.data_ptr(),
+        x.data_ptr(),
+        x_step,
+        x_row,
+        0 if d_x is None else d_x.data_ptr(),
+        0 if d_y is None else d_y.data_ptr(),
+        d_y_step,
+        d_y_row,
+        0 if h is None else h.data_ptr(),
+        0 if c is None else c.data_ptr(),
+        0 if d_h_final is None else d_h_final.data_ptr(),
+        0 if d_c_final is None else d_c_final.data_ptr(),
+        0 if d_h is None else d_h.data_ptr(),
+        0 if d_c is None else d_c.data_ptr(),
+        output.data_ptr(),
+        0 if masks is None else masks.data_ptr(),
+        [w.data_ptr() for w in weights],
+        [0 if g is None else g.data_ptr() for g in d_weights],
+        reserve.data_ptr(),
+        workspace.data_ptr(),
+        d_x_step,
+        d_x_row,
+        threads,
+    )
+    return grads
+
+
+def _gradients_of_nothing(
+    grads: Sequence[Tensor | None],
+    d_hx: Sequence[Tensor | None],
+    grad_states: Sequence[Tensor | None],
+) -> None:
+    """Of a batch of no sample: the kernels would write nothing."""
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
+    for grad, given in zip(d_hx, grad_states, strict=False):
+        if grad is not None and given is not None:
+            grad.copy_(given)
+
+
+def check(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+) -> None:
+    """Refuses what the kernels, which read raw memory, must not see.
+
+    Layers and ``functional`` check with torch's words before; this is for direct calls of the
+    operators. Raises RuntimeError, or ValueError for a wrong number of weights.
+    """
+    _check_alike(x, weights, "weight")
+    _check_alike(x, hx, "initial state")
+    _check_alike(x, () if masks is None else (masks,), "dropout mask")
+    packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        raise RuntimeError(
+            f"fastcell takes {'packed (rows, I)' if packed else '3-dimensional'} input, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, x.shape[0])
+    plan = plan_for(config, x, weights)
+    steps, batch, rows, _ = _extent(x, batch_sizes, config.batch_first)
+    if steps < 1:
+        raise RuntimeError(f"fastcell takes at least one time step, got shape {tuple(x.shape)}")
+    if hx:
+        expected = [(plan.stacked, batch, size) for size in plan.state_sizes]
+        given = [tuple(h.shape) for h in hx]
+        if given != expected:
+            raise RuntimeError(f"initial states must have shapes {expected}, got {given}")
+    if masks is not None:
+        inner = (rows, plan.width) if packed else (steps, batch, plan.width)
+        expected_masks = (config.num_layers - 1, *inner)
+        if masks.shape != expected_masks:
+            raise RuntimeError(
+                f"dropout masks must have shape {expected_masks}, got {tuple(masks.shape)}"
+            )
+
+
+def check_backward(
+    config: Config,
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    x: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> None:
+    """The rest of ``check``, for a backward call."""
+    tensors = 1 + len(hx) + len(weights)
+    if len(needs) != tensors:
+        raise RuntimeError(f"needs has one entry for each of {tensors} tensors, got {len(needs)}")
+    given = [g for g in (grad_output, *grad_states) if g is not None]
+    _check_alike(x, (*given, output, reserve), "output or gradient")
+    plan = plan_for(config, x, weights)
+    _, batch, rows, _ = _extent(x, batch_sizes, config.batch_first)
+    shape = (*x.shape[:-1], plan.width)
+    kept = rows * plan.stack.reserve_row_elements
+    if output.shape != shape or reserve.numel() != kept or not reserve.is_contiguous():
+        raise RuntimeError(
+            f"the backward call needs output of shape {shape} and a contiguous reserve of {kept} "
+            f"elements, got {tuple(output.shape)} and {reserve.numel()}"
+        )
+    expected = [shape, *[(plan.stacked, batch, size) for size in plan.state_sizes]]
+    grads = [grad_output, *grad_states]
+    shapes = [None if g is None else tuple(g.shape) for g in grads]
+    if len(grads) != len(expected) or any(
+        [s is not None and s != e for s, e in zip(shapes, expected, strict=True)]
+    ):
+        raise RuntimeError(f"gradients must have shapes {expected}, got {shapes}")
+
+
+def _check_alike(x: Tensor, others: Sequence[Tensor], what: str) -> None:
+    if x.dtype not in DTYPES:
+        raise RuntimeError(f"fastcell's kernels take float32 or float64, got {x.dtype}")
+    for t in others:
+        if t.dtype is not x.dtype or not t.is_cpu:
+            raise RuntimeError(
+                f"tensors must have one dtype and device: the input is {x.dtype} on cpu, "
+                f"a {what} {t.dtype} on {t.device}"
+            )
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    sizes = batch_sizes.tolist()
+    if (
+        batch_sizes.dtype is not torch.int64
+        or batch_sizes.dim() != 1
+        or not sizes
+        or sizes[-1] < 1
+        or sizes != sorted(sizes, reverse=True)
+        or sum(sizes) != rows
+    ):
+        raise RuntimeError(
+            f"batch_sizes must be int64, positive, not increasing and add up to the {rows} rows "
+            f"of the packed input, got {sizes}"
+        )

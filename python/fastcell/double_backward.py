@@ -1,0 +1,124 @@
+"""Derivatives of the backward call, by running the stack again in differentiable operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import composite
+from .plan import Config
+
+
+def double_backward(
+    config: Config,
+    grad_outputs: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    needs: Sequence[bool],
+    grad_grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for [*grad_outputs, input, *hx, *weights], where ``wanted`` says so.
+
+    The backward call maps these tensors to the gradients of [input, *hx, *weights] that ``needs``
+    picks; ``grad_grads`` are the incoming gradients of those, in the same order. The result is
+    itself differentiable where grad mode is on.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), composite.without_autocast(input):
+        primals = [_own(t) for t in (input, *(hx or ()), *weights)]
+        outer = [None if g is None else _own(g) for g in grad_outputs]
+        asked = [p for p, need in zip(primals, needs, strict=True) if need]
+        firsts = _gradients(
+            _outputs(config, primals, hx, batch_sizes, masks), asked, outer, create_graph=True
+        )
+        targets = [*outer, *primals]
+        chosen = [t if w else None for t, w in zip(targets, wanted, strict=True)]
+        found = iter(
+            _gradients(firsts, [t for t in chosen if t is not None], grad_grads, create_graph)
+        )
+    return [None if t is None else next(found) for t in chosen]
+
+
+def composite_backward(
+    config: Config,
+    grad_outputs: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The backward call itself in the same way: gradients of [input, *hx, *weights]."""
+    primals = (input, *(hx or ()), *weights)
+
+    def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_outputs(config, primals, hx, batch_sizes, masks))
+
+    with composite.without_autocast(input):
+        if torch._C._are_functorch_transforms_active():
+            outputs, pull = torch.func.vjp(outputs_of, *primals)[:2]
+            cotangents = [
+                torch.zeros_like(o) if g is None else g
+                for o, g in zip(outputs, grad_outputs, strict=True)
+            ]
+            found = pull(tuple(cotangents))
+            return [g if need else None for g, need in zip(found, needs, strict=True)]
+        with torch.enable_grad():
+            own = [_own(t) for t in primals]
+            outputs = outputs_of(*own)
+        asked = [p for p, need in zip(own, needs, strict=True) if need]
+        some = iter(_gradients(outputs, asked, grad_outputs, torch.is_grad_enabled()))
+    return [next(some) if need else None for need in needs]
+
+
+def _own(t: Tensor) -> Tensor:
+    """A view of its own, which needs a gradient.
+
+    A tensor that was made from another one (a state from the input, a tied weight) must not draw
+    the other's gradient to itself.
+    """
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def _outputs(
+    config: Config,
+    primals: Sequence[Tensor],
+    hx: Sequence[Tensor] | None,
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+) -> list[Tensor]:
+    count = 1 + len(hx or ())
+    output, states = composite.sequence(
+        config, primals[0], primals[1:count] or None, primals[count:], batch_sizes, masks
+    )
+    return [output, *states]
+
+
+def _gradients(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad over those outputs that there are and that have an incoming gradient."""
+    pairs = [
+        (o, g)
+        for o, g in zip(outputs, grad_outputs, strict=True)
+        if o is not None and o.requires_grad and g is not None
+    ]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        [o for o, _ in pairs],
+        inputs,
+        [g for _, g in pairs],
+        create_graph=create_graph,
+        allow_unused=True,
+    )

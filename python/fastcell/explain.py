@@ -1,0 +1,249 @@
+"""``fastcell.explain()``: which engine and path a call will take, said before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _core, ops
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cells import CELLS
+from .cpu import row_offsets
+from .modules import GRU, LSTM, RNN
+from .packing import packed_bytes
+from .plan import Config, bound_stack
+
+_LAYERS = (RNN, LSTM, GRU)
+_CELLS = (RNNCell, LSTMCell, GRUCell)
+
+_REASONS = {
+    "kernel": "plain CPU tensors in eager mode",
+    "operator": "torch must see one operator here (torch.compile or export, torch.func, a meta or "
+    "fake tensor, a dispatch mode or a tensor subclass); the same kernels run behind it",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of a layer will do.
+
+    Attributes:
+        layer: the class of the layer.
+        engine: ``"cpu"``: fastcell's kernels; ``"torch"``: plain torch operations, step by step;
+            ``"meta"``: shapes only.
+        path: ``"kernel"``: straight to the kernels; ``"operator"``: the same kernels behind a
+            registered operator; ``"composite"``: torch operations.
+        reason: why that path.
+        device, dtype: of the input and the parameters.
+        autocast: dtype to which autocast rounds them for the call, or None.
+        arithmetic: dtype in which is computed.
+        gradients: whether what a backward pass needs is kept.
+        isa: instruction set of the kernels, None without kernels.
+        threads: threads that the call may use.
+        schedule: how they share the work; None if no input was given.
+        packed_bytes: size of the weights in the kernels' layout, None without kernels.
+        packed: whether they are held in that layout already.
+    """
+
+    layer: str
+    engine: str
+    path: str
+    reason: str
+    device: str
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    arithmetic: torch.dtype
+    gradients: bool
+    isa: str | None
+    threads: int
+    schedule: str | None
+    packed_bytes: int | None
+    packed: bool
+
+    def __str__(self) -> str:
+        tensors = f"{_name(self.dtype)} on {self.device}"
+        if self.autocast is not None:
+            tensors += f", rounded to {_name(self.autocast)} by autocast"
+        if self.arithmetic not in (self.dtype, self.autocast):
+            tensors += f", computed in {_name(self.arithmetic)}"
+        weights = "not packed"
+        if self.packed_bytes is not None:
+            when = "already packed" if self.packed else "packed by the first call"
+            if self.arithmetic is not (self.autocast or self.dtype):
+                when = "converted and packed by every call"
+            weights = f"{self.packed_bytes:,} bytes, {when}"
+        rows = {
+            "engine": f"{self.engine}, ISA {self.isa}" if self.isa else self.engine,
+            "path": f"{self.path}: {self.reason}",
+            "tensors": tensors,
+            "gradients": "kept for a backward pass" if self.gradients else "not asked for",
+            "threads": f"{self.threads}" + (f": {self.schedule}" if self.schedule else ""),
+            "weights": weights,
+        }
+        return "\n".join([self.layer, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+@dataclass(frozen=True)
+class _Extent:
+    steps: int
+    batch: int
+    rows: int
+    offsets: Tensor | None
+
+
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = None) -> Explanation:
+    """Say how ``module(input)`` would run here and now; runs nothing.
+
+    "Now" counts: the number of threads, ``torch.no_grad()``, autocast and transforms around this
+    call are those that the module's own call would meet.
+
+    Args:
+        module: a fastcell layer or cell.
+        input: what the module would be called with; without it, the schedule stays unknown and the
+            path is that of a plain tensor on the parameters' device.
+
+    Raises:
+        TypeError: ``module`` is no fastcell layer.
+        ValueError: the input's rank fits no call of the layer.
+        RuntimeError: the weights do not fit each other or the input.
+    """
+    if not isinstance(module, (*_LAYERS, *_CELLS)):
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        hint = "; fastcell.convert(model) swaps torch.nn's layers for fastcell's"
+        raise TypeError(
+            f"explain() takes a fastcell layer or cell, got {name}"
+            + (hint if isinstance(module, torch.nn.Module) else "")
+        )
+    config, weights = _config(module), _weights(module)
+    data = input.data if isinstance(input, PackedSequence) else input
+    stand_in = weights[0] if data is None else data
+    path = _path(stand_in, weights)
+    device = stand_in.device.type
+
+    dtype = stand_in.dtype
+    autocast = _autocast_dtype(config.cell, dtype, device, isinstance(module, _CELLS))
+    arithmetic = autocast or dtype
+    engine, isa, schedule, packed = "torch", None, None, None
+    gradients = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*weights, *(() if data is None else (data,)))
+    )
+    if path != "composite" and device == "meta":
+        engine = "meta"
+    elif path != "composite":
+        engine, isa = "cpu", _core.isa()
+        if arithmetic in (torch.bfloat16, torch.float16):
+            arithmetic = torch.float32
+        features = module.input_size if data is None else data.shape[-1]
+        probe = torch.empty(features, dtype=arithmetic, device="meta")
+        stack = bound_stack(config, probe, weights)
+        packed = int(stack.packed_bytes)
+        if input is not None:
+            at = _extent(module, input)
+            offsets = 0 if at.offsets is None else at.offsets.data_ptr()
+            threads = torch.get_num_threads()
+            schedule = _schedule(*stack.explain(at.steps, at.batch, at.rows, offsets, threads))
+    return Explanation(
+        layer=f"fastcell.{module}",
+        engine=engine,
+        path=path,
+        reason=_REASONS.get(path) or _why_composite(device),
+        device=str(stand_in.device),
+        dtype=dtype,
+        autocast=autocast,
+        arithmetic=arithmetic,
+        gradients=gradients,
+        isa=isa,
+        threads=torch.get_num_threads(),
+        schedule=schedule,
+        packed_bytes=packed,
+        packed=packed is not None
+        and arithmetic is weights[0].dtype
+        and autocast is None
+        and packed_bytes(weights) > 0,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _config(module: torch.nn.Module) -> Config:
+    if isinstance(module, _LAYERS):
+        return Config(
+            module.mode.lower(),
+            module.num_layers,
+            module.bidirectional,
+            module.bias,
+            module.batch_first,
+        )
+    if isinstance(module, RNNCell):
+        cell = f"rnn_{module.nonlinearity}"
+    else:
+        cell = "lstm" if isinstance(module, LSTMCell) else "gru"
+    has_bias = any(getattr(module, name) is not None for name in ("bias_ih", "bias_hh"))
+    return Config(cell, 1, False, has_bias, False)
+
+
+def _weights(module: torch.nn.Module) -> list[Tensor]:
+    """The tensors that a call would hand to the kernels."""
+    if isinstance(module, _LAYERS):
+        return cast(list[Tensor], list(module._flat_weights))
+    weights = [module.weight_ih, module.weight_hh]
+    biases = [b for b in (module.bias_ih, module.bias_hh) if b is not None]
+    # A cell may lack one of the two: zeros of the same shape stand in for it.
+    return cast(list[Tensor], weights + (biases * 2 if len(biases) == 1 else biases))
+
+
+def _path(input: Tensor, weights: list[Tensor]) -> str:
+    # Asked here first: route() would warn, once in a process, and that belongs to a real call.
+    if input.device.type not in ("cpu", "meta"):
+        return "composite"
+    return ops.route(input, weights)
+
+
+def _why_composite(device: str) -> str:
+    if device not in ("cpu", "meta"):
+        return f"no kernels for device type '{device}' yet"
+    return "forward-mode differentiation or nested torch.func transforms"
+
+
+def _autocast_dtype(
+    cell: str, dtype: torch.dtype, device: str, single_step: bool
+) -> torch.dtype | None:
+    if device == "meta" or not torch.is_autocast_enabled(device) or dtype is torch.float64:
+        return None
+    applies = CELLS[cell].autocast_cell if single_step else CELLS[cell].autocast
+    return torch.get_autocast_dtype(device) if applies else None
+
+
+def _extent(module: torch.nn.Module, input: Tensor | PackedSequence) -> _Extent:
+    if isinstance(input, PackedSequence):
+        offsets = row_offsets(input.batch_sizes)
+        batch = int(input.batch_sizes[0])
+        return _Extent(len(offsets) - 1, batch, input.data.shape[0], offsets)
+    ranks = (1, 2) if isinstance(module, _CELLS) else (2, 3)
+    if input.dim() not in ranks:
+        raise ValueError(f"input must have {ranks[0]} or {ranks[1]} dimensions, not {input.dim()}")
+    sizes = list(input.shape[:-1])
+    if isinstance(module, _CELLS):
+        steps, batch = 1, sizes[0] if sizes else 1
+    elif len(sizes) == 1:
+        steps, batch = sizes[0], 1
+    else:
+        steps, batch = reversed(sizes) if module.batch_first else sizes
+    return _Extent(steps, batch, steps * batch, None)
+
+
+def _schedule(direction_groups: int, batch_groups: int, unit_threads: int) -> str:
+    parts = []
+    if direction_groups > 1:
+        parts.append("both directions at once")
+    if batch_groups > 1:
+        parts.append(f"the batch in {batch_groups} parts, no barrier")
+    if unit_threads > 1:
+        parts.append(f"the hidden units over {unit_threads} threads, one barrier per step")
+    return ", ".join(parts) or "one does all (the call is small, or no more are allowed)"

@@ -1,0 +1,413 @@
+"""Recurrent layers as functions: no state, no parameters of their own, one call per stack.
+
+:func:`rnn`, :func:`lstm` and :func:`gru` take the input, the initial states and a flat list of
+weights. The modules of :mod:`fastcell.modules` are the same with parameters attached: both end in
+:func:`run_stack`, which turns every form of input into the one that the operators take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+from .cells import CELLS, weights_per_direction
+from .checks import autocast_enabled, check_batch_sizes, check_tensors
+
+__all__ = ["gru", "lstm", "rnn"]
+
+Sequences: TypeAlias = Tensor | PackedSequence
+In = TypeVar("In", Tensor, PackedSequence)  # the output has the type of the input
+States: TypeAlias = tuple[Tensor, ...]
+# Called with (input, states, batch_sizes) where a size or the dtype is not the expected one. It
+# raises in its owner's words, or returns where the difference is allowed (autocast).
+Refuse: TypeAlias = Callable[[Tensor, States | None, Tensor | None], None]
+
+
+class Stack(Protocol):
+    """What :func:`run_stack` reads of a layer; torch.nn.RNNBase has these attributes."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    training: bool
+
+
+@dataclass
+class _Stack:
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    training: bool
+
+
+def rnn(
+    input: In,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[In, Tensor]:
+    """An Elman network, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in layers.
+
+    With T steps, batch B, I input features, H hidden units, L layers and D directions:
+
+    Args:
+        input: (T, B, I); with ``batch_first`` (B, T, I); without a batch (T, I); a PackedSequence;
+            or the rows of one, (sum of batch_sizes, I), together with ``batch_sizes``.
+        hx: h_0 of shape (L*D, B, H), without a batch (L*D, H); None for zeros. With ``batch_sizes``
+            its batch is in the order of the packed rows, longest sequence first.
+        weights: in one flat list, per layer and direction: ``weight_ih`` (H, I) (above the first
+            layer (H, D*H)), ``weight_hh`` (H, H) and, with ``bias``, ``bias_ih`` (H,) and
+            ``bias_hh`` (H,).
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        dropout: probability with which an element between two layers is zeroed, if ``training``.
+        batch_sizes: int64 CPU tensor (T,): how many sequences are alive at each step.
+
+    Returns:
+        The output in the input's layout, (T, B, D*H), and h_n of shape (L*D, B, H).
+
+    Raises:
+        TypeError: a weight is not a tensor.
+        ValueError: unknown ``nonlinearity``, wrong rank, or input and weights of two dtypes.
+        RuntimeError: sizes, devices or dtypes that do not belong together, or no time step.
+
+    Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    output, states = _run(
+        "rnn_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training,
+    )  # fmt: skip
+    return output, states[0]
+
+
+def lstm(
+    input: In,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[In, tuple[Tensor, Tensor]]:
+    """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
+
+    With T steps, batch B, I input features, H memory cells, P outputs per step (H, or less with a
+    projection), L layers and D directions:
+
+    Args:
+        input: as for :func:`rnn`.
+        hx: (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H), without a batch (L*D, P) and (L*D, H);
+            None for zeros.
+        weights: in one flat list, per layer and direction: ``weight_ih`` (4*H, I) (above the first
+            layer (4*H, D*P)), ``weight_hh`` (4*H, P), with ``bias`` also ``bias_ih`` (4*H,) and
+            ``bias_hh`` (4*H,), and for a projection ``weight_hr`` (P, H). Their number tells
+            whether there is a projection.
+        bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes: as for
+            :func:`rnn`.
+
+    Returns:
+        The output in the input's layout, (T, B, D*P), and (h_n, c_n), shaped as ``hx``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`rnn`.
+
+    Source: S. Hochreiter and J. Schmidhuber, Neural Computation 9 (1997); F. Gers et al. (2000)
+    for the forget gate; H. Sak et al. (2014) for the projection.
+    """
+    output, states = _run(
+        "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training,
+    )  # fmt: skip
+    return output, (states[0], states[1])
+
+
+def gru(
+    input: In,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[In, Tensor]:
+    """Gated recurrent units in layers, gates in the order r, z, n, reset after the product.
+
+    Arguments, shapes, results and errors are those of :func:`rnn`, except that ``weight_ih`` is
+    (3*H, I) (above the first layer (3*H, D*H)), ``weight_hh`` (3*H, H) and each bias (3*H,).
+
+    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    """
+    output, states = _run(
+        "gru", input, None if hx is None else (hx,), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training,
+    )  # fmt: skip
+    return output, states[0]
+
+
+def two_states(hx: Sequence[Tensor]) -> States:
+    """(h, c) of an LSTM's ``hx``, refused in torch's words unless it has two parts."""
+    states = (hx[0], hx[1])
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    return states
+
+
+def _run(
+    cell: str,
+    input: In,
+    states: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    bidirectional: bool,
+    training: bool,
+) -> tuple[In, States]:
+    """A public function's call: the sizes are read off the weights of the first layer."""
+    spec = CELLS[cell]
+    if num_layers < 1:
+        raise ValueError("num_layers must be greater than zero")
+    stacked = num_layers * (2 if bidirectional else 1)
+    plain = weights_per_direction(bias, False)
+    projected = spec.projection and len(weights) == stacked * weights_per_direction(bias, True)
+    if len(weights) != stacked * plain and not projected:
+        raise RuntimeError(
+            f"Expected {plain} weights for each of {stacked} layers and directions, or "
+            f"{plain + 1} with a projection, got {len(weights)}"
+            if spec.projection
+            else f"Expected {plain} weights for each of {stacked} layers and directions, "
+            f"got {len(weights)}"
+        )
+    w_ih, w_hh = weights[0], weights[1]
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise RuntimeError(
+            f"Expected weight_ih and weight_hh of 2 dimensions, got {w_ih.dim()} and {w_hh.dim()}"
+        )
+    stack = _Stack(
+        w_ih.shape[1], w_hh.shape[0] // spec.gates, w_hh.shape[1] if projected else 0,
+        num_layers, bias, batch_first, dropout, bidirectional, training,
+    )  # fmt: skip
+
+    def refuse(input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        _refuse(stack, w_ih.dtype, input, states or (), batch_sizes)
+
+    if batch_sizes is None:
+        output, states = run_stack(stack, cell, input, states, weights, refuse)
+        return cast(In, output), states
+    if isinstance(input, PackedSequence):
+        raise ValueError("batch_sizes goes with the rows of a PackedSequence, not with the whole")
+    packed = PackedSequence(input, batch_sizes)
+    packed, states = _run_packed(stack, cell, packed, states, weights, refuse)
+    return packed.data, states
+
+
+def _refuse(
+    stack: _Stack, dtype: torch.dtype, input: Tensor, states: States, batch_sizes: Tensor | None
+) -> None:
+    if input.dtype != dtype and not autocast_enabled():
+        raise ValueError(f"input is {input.dtype}, but the weights are {dtype}")
+    if batch_sizes is not None and input.dim() != 2:
+        raise ValueError(f"packed input must have 2 dimensions, got {input.dim()}")
+    if input.shape[-1] != stack.input_size:
+        raise RuntimeError(
+            f"Expected input with {stack.input_size} features, got {input.shape[-1]}"
+        )
+    batch = input.shape[0 if stack.batch_first else 1] if batch_sizes is None else batch_sizes[0]
+    sizes = (stack.proj_size or stack.hidden_size, stack.hidden_size)
+    layers = stack.num_layers * (2 if stack.bidirectional else 1)
+    for state, size, name in zip(states, sizes, ("h_0", "c_0"), strict=False):
+        expected = [layers, int(batch), size]
+        if list(state.shape) != expected:
+            raise RuntimeError(f"Expected {name} of size {expected}, got {list(state.shape)}")
+
+
+# The title that a layer's messages start with, and the end of the one about its input's rank.
+_TITLES = {
+    "rnn_tanh": ("RNN", "D tensor"),
+    "rnn_relu": ("RNN", "D tensor"),
+    "lstm": ("LSTM", "D"),
+    "gru": ("GRU", "D"),
+}
+
+
+def run_stack(
+    layer: Stack,
+    cell: str,
+    input: Sequences,
+    states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
+) -> tuple[Sequences, States]:
+    """Run a stack on any form of input; the final states have the form of ``states``.
+
+    Ranks, devices, dtypes and the weights' shapes are refused here, in torch's words; ``refuse``
+    finds the words for a wrong size or dtype of the input or a wrong size of the states.
+    """
+    if isinstance(input, PackedSequence):
+        return _run_packed(layer, cell, input, states, weights, refuse)
+    rank = input.dim()
+    if rank == 3:
+        if states is not None:
+            for state in states:
+                if state.dim() != 3:
+                    _refuse_rank("batched 3-D", 3, states)
+        steps, batch, _ = input.shape
+        if layer.batch_first:
+            steps, batch = batch, steps
+        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse)
+    if rank == 2:
+        return _run_unbatched(layer, cell, input, states, weights, refuse)
+    title, d = _TITLES[cell]
+    raise ValueError(f"{title}: Expected input to be 2D or 3D, got {rank}{d} instead")
+
+
+def _run_unbatched(
+    layer: Stack,
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
+) -> tuple[Tensor, States]:
+    if states is not None:
+        for state in states:
+            if state.dim() != 2:
+                _refuse_rank("unbatched 2-D", 2, states)
+        states = tuple([state.unsqueeze(1) for state in states])
+    at = 0 if layer.batch_first else 1
+    steps = input.shape[0]
+    output, states = _launch(
+        layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse
+    )
+    return output.squeeze(at), tuple([state.squeeze(1) for state in states])
+
+
+def _refuse_rank(form: str, rank: int, states: States) -> None:
+    if len(states) == 1:
+        what, got = "hx", f"{states[0].dim()}-D tensor"
+    else:
+        what, got = "hx and cx", f"({', '.join([f'{s.dim()}-D' for s in states])}) tensors"
+    raise RuntimeError(f"For {form} input, {what} should also be {rank}-D but got {got}")
+
+
+def _run_packed(
+    layer: Stack,
+    cell: str,
+    input: PackedSequence,
+    states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
+) -> tuple[PackedSequence, States]:
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    if states is not None and sorted_indices is not None:
+        states = tuple([state.index_select(1, sorted_indices) for state in states])
+    batch: int | None
+    if torch.compiler.is_compiling():
+        # Reading batch_sizes would break the graph; the operator checks them when it runs.
+        steps, batch = batch_sizes.shape[0], None
+    else:
+        steps = check_batch_sizes(batch_sizes, data.shape[0])
+        batch = int(batch_sizes[0])
+        if states is None and data.is_meta:
+            # The operator cannot read a batch size off a tensor that it does not run on.
+            states = _zeros(layer, cell, data, batch)
+    output, states = _launch(layer, cell, data, states, weights, batch_sizes, steps, batch, refuse)
+    if unsorted_indices is not None:
+        states = tuple([state.index_select(1, unsorted_indices) for state in states])
+    return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+
+
+def _zeros(layer: Stack, cell: str, input: Tensor, batch: int) -> States:
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: CELLS[cell].states]
+    return tuple([input.new_zeros((stacked, batch, size)) for size in sizes])
+
+
+def _launch(
+    layer: Stack,
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    steps: int,
+    batch: int | None,
+    refuse: Refuse,
+) -> tuple[Tensor, States]:
+    spec = CELLS[cell]
+    hidden_size = layer.hidden_size
+    proj_size = layer.proj_size
+    num_layers = layer.num_layers
+    bidirectional = layer.bidirectional
+    directions = 2 if bidirectional else 1
+
+    # Looked at before anything is built: this is all that a right call pays for.
+    wrong_size = input.shape[-1] != layer.input_size
+    if batch_sizes is not None and input.dim() != 2:
+        wrong_size = True
+    if states is not None and batch is not None:
+        stacked = num_layers * directions
+        if states[0].shape != (stacked, batch, proj_size or hidden_size):
+            wrong_size = True
+        if spec.states == 2 and states[1].shape != (stacked, batch, hidden_size):
+            wrong_size = True
+    if wrong_size or input.dtype != weights[0].dtype:
+        refuse(input, states, batch_sizes)
+        if wrong_size:  # a subclass can have checks of its own that let anything pass
+            raise RuntimeError("input or initial states are of a wrong size")
+
+    check_tensors(
+        input, states, weights, steps, spec.gates,
+        layer.input_size, hidden_size, proj_size, num_layers, directions, layer.bias,
+    )  # fmt: skip
+    dropout, training = layer.dropout, layer.training
+    if dropout and not 0 <= dropout <= 1 and training and num_layers > 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout:g}")
+    return ops.sequence(
+        cell,
+        input,
+        states,
+        weights,
+        batch_sizes,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        dropout=dropout,
+        training=training,
+    )

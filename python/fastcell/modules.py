@@ -1,0 +1,264 @@
+"""RNN, LSTM and GRU: torch.nn's layers with fastcell's kernels.
+
+They share torch.nn.RNNBase with torch's own: parameters, their names and initial numbers,
+``state_dict``, copying and pickling, ``extra_repr`` and most checks are inherited, so they cannot
+drift apart. They do not derive from torch.nn.RNN, LSTM and GRU, since torch.compile gives up on
+every subclass of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from .checks import autocast_enabled
+from .functional import Sequences, States, run_stack, two_states
+from .packing import clear_packed_weights
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+
+class Swappable(torch.nn.Module):
+    """A module whose parameters torch can exchange for others in ``.to()`` and the like.
+
+    torch.__future__.set_swap_module_params_on_conversion(True) asks for that, and torch refuses it
+    while weak references to a parameter are alive: the cache of packed weights holds such.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            clear_packed_weights()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class _Layer(Swappable, torch.nn.RNNBase):
+    """What the three layers have in common: where the weights are read."""
+
+    def flatten_parameters(self) -> None:
+        """Kept for programs that call it; the kernels pack weights themselves."""
+
+    def _weights(self) -> list[Tensor]:
+        """The weights of this call, in the order of ``_flat_weights_names``.
+
+        ``_flat_weights`` holds them unless something has put other tensors in the parameters'
+        places since: torch.func.functional_call, a parametrization, weight_norm, pruning,
+        DataParallel. Those are read by name and not kept, so that no graph outlives its call.
+        """
+        names, parameters = self._flat_weights_names, self._parameters
+        weights = cast(list[Tensor], self._flat_weights)
+        for name, ref in zip(names, self._flat_weight_refs, strict=False):
+            known = None if ref is None else ref()
+            if known is None or known is not parameters.get(name):
+                return [getattr(self, n, w) for n, w in zip(names, weights, strict=True)]
+        return weights
+
+    def _refuse(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        """Let torch's own checks of the input and of a single state find the words."""
+        if states is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, states[0], batch_sizes)
+
+
+_RNN_CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+class RNN(_Layer):
+    """A stack of Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Drop-in for torch.nn.RNN.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers, each fed with the one below, L.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether there are ``bias_ih_l*`` and ``bias_hh_l*``.
+        batch_first: input and output are (B, T, ·) instead of (T, B, ·).
+        dropout: probability of dropping an element between layers, in training.
+        bidirectional: a second direction, backwards in time, concatenated; D = 2, else 1.
+        device, dtype: of the parameters.
+
+    Call: ``output, h_n = layer(input, h_0=None)``.
+        input: (T, B, I), (T, I) without a batch, or a PackedSequence.
+        h_0, h_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
+        output: (T, B, D*H), in the input's layout.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as torch.nn.RNN, with the same messages.
+
+    Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
+    """
+
+    nonlinearity: str
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _refuse_projection(kwargs)
+            if len(args) > 3:
+                nonlinearity, args = args[3], (*args[:3], *args[4:])
+            else:
+                nonlinearity = kwargs.pop("nonlinearity", "tanh")
+            if nonlinearity not in ("tanh", "relu"):
+                raise ValueError(
+                    f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+                )
+            super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
+            self.nonlinearity = nonlinearity
+
+    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
+        cell = _RNN_CELLS.get(self.mode)
+        if cell is None:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
+        output, states = run_stack(
+            self, cell, input, None if hx is None else (hx,), self._weights(), self._refuse
+        )
+        return output, states[0]
+
+
+class LSTM(_Layer):
+    """A stack of long short-term memory layers, gates in the order i, f, g, o.
+
+    Drop-in for torch.nn.LSTM.
+
+    Args:
+        input_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for
+            :class:`RNN`.
+        hidden_size: memory cells, H.
+        proj_size: outputs of a step, P < H, as h_t = W_hr (o_t * tanh(c_t)); 0 for no projection
+            (then P = H).
+
+    Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None)``.
+        input: (T, B, I), (T, I) without a batch, or a PackedSequence.
+        h_0, h_n: (L*D, B, P), without a batch (L*D, P); zeros if not given.
+        c_0, c_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
+        output: (T, B, D*P), in the input's layout.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as torch.nn.LSTM, with the same messages.
+
+    Source: S. Hochreiter and J. Schmidhuber, Neural Computation 9 (1997); F. Gers et al. (2000)
+    for the forget gate; H. Sak et al. (2014) for the projection.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__("LSTM", *args, **kwargs)
+
+    # torch.nn.LSTM's versions of three methods of RNNBase, for a pair of states. Their messages
+    # are then those of the torch that is installed.
+    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+
+    def _refuse(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        if (
+            batch_sizes is not None
+            and input.dtype != self._weights()[0].dtype
+            and not autocast_enabled()
+        ):
+            return  # torch.nn.LSTM leaves this one to the operator: check_tensors refuses it
+        if states is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, states, batch_sizes)
+
+    def forward(
+        self, input: Sequences, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
+        output, states = run_stack(
+            self,
+            "lstm",
+            input,
+            None if hx is None else two_states(hx),
+            self._weights(),
+            self._refuse,
+        )
+        return output, cast(tuple[Tensor, Tensor], states)
+
+
+class GRU(_Layer):
+    """A stack of gated recurrent units, gates in the order r, z, n, reset after the product.
+
+    Drop-in for torch.nn.GRU.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
+            dtype: as for :class:`RNN`.
+
+    Call: ``output, h_n = layer(input, h_0=None)``, shapes as for :class:`RNN`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as torch.nn.GRU, with the same messages.
+
+    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _refuse_projection(kwargs)
+            super().__init__("GRU", *args, **kwargs)
+
+    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
+        output, states = run_stack(
+            self, "gru", input, None if hx is None else (hx,), self._weights(), self._refuse
+        )
+        return output, states[0]
+
+
+def _refuse_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -1,0 +1,197 @@
+"""The kernels as operators of torch.library: what torch.compile, torch.export and fake tensors see.
+
+``fastcell::sequence_forward`` and ``fastcell::sequence_backward`` are the two kernel calls, each
+with a schema and a fake kernel that knows the shapes of the results. They carry no autograd of
+their own: ``autograd.py`` holds it, once, for these operators and for direct calls. The operator
+that programs see is ``fastcell::sequence`` (``ops.py``); it calls these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import cpu
+from .plan import Config, plan_for_symbolic
+
+PLAIN = (Tensor, Parameter)
+CONFIG_SCHEMA = "str cell, int num_layers, bool bidirectional, bool bias, bool batch_first"
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def forward(
+    config: Config,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """The kernels' forward call, through the operator where torch must see one."""
+    if is_plain(input):
+        return cpu.forward(config, input, hx, weights, batch_sizes, masks, keep)
+    output, states, reserve = torch.ops.fastcell.sequence_forward(
+        input, list(hx or ()), list(weights), batch_sizes, masks, *config, keep
+    )
+    return output, states, reserve if keep else None
+
+
+def backward(
+    config: Config,
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The kernels' backward call: gradients of [input, *hx, *weights], None where not needed."""
+    if is_plain(input):
+        return cpu.backward(
+            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, output,
+            reserve, needs,
+        )  # fmt: skip
+    tensors = (input, list(hx or ()), list(weights), batch_sizes, masks, output, reserve)
+    found = iter(
+        torch.ops.fastcell.sequence_backward(
+            grad_output, list(grad_states), *tensors, *config, list(needs)
+        )
+    )
+    return [next(found) if need else None for need in needs]
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether the kernels can be called on this tensor without an operator in between."""
+    return type(input) in PLAIN and input.is_cpu and not _dispatch_modes()
+
+
+@torch.library.custom_op(
+    "fastcell::sequence_forward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=(
+        "(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? masks, "
+        f"{CONFIG_SCHEMA}, bool keep) -> (Tensor, Tensor[], Tensor)"
+    ),
+)
+def _sequence_forward(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    cell: str,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    keep: bool,
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    cpu.check(config, input, hx, weights, batch_sizes, masks)
+    output, states, reserve = cpu.forward(
+        config, input, hx or None, weights, batch_sizes, masks, keep
+    )
+    return output, states, input.new_empty(0) if reserve is None else reserve
+
+
+@_sequence_forward.register_fake
+def _(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    cell: str,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    keep: bool,
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    plan = plan_for_symbolic(config, input, weights)
+    if batch_sizes is not None:
+        rows = input.shape[0]
+        output = input.new_empty((rows, plan.width))
+    else:
+        first, second, _ = input.shape
+        rows = first * second
+        output = input.new_empty((first, second, plan.width))
+        if batch_first:
+            # As the kernel leaves it: time-major memory.
+            output = input.new_empty((second, first, plan.width)).transpose(0, 1)
+    if hx:
+        states = [h.new_empty(h.shape) for h in hx]
+    elif batch_sizes is None:
+        batch: int | torch.SymInt = input.shape[0 if batch_first else 1]
+        states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size()
+        states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
+    kept = rows * plan.stack.reserve_row_elements if keep else 0
+    return output, states, input.new_empty(kept)
+
+
+@torch.library.custom_op(
+    "fastcell::sequence_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=(
+        "(Tensor? grad_output, Tensor?[] grad_states, Tensor input, Tensor[] hx, "
+        "Tensor[] weights, Tensor? batch_sizes, Tensor? masks, Tensor output, Tensor reserve, "
+        f"{CONFIG_SCHEMA}, bool[] needs) -> Tensor[]"
+    ),
+)
+def _sequence_backward(
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    cell: str,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    cpu.check(config, input, hx, weights, batch_sizes, masks)
+    cpu.check_backward(
+        config, grad_output, grad_states, input, hx, weights, batch_sizes, output, reserve, needs
+    )
+    grads = cpu.backward(
+        config, grad_output, grad_states, input, hx or None, weights, batch_sizes, masks, output,
+        reserve, needs,
+    )  # fmt: skip
+    return [g for g in grads if g is not None]
+
+
+@_sequence_backward.register_fake
+def _(
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    return [
+        t.new_empty(t.shape)
+        for t, need in zip((input, *hx, *weights), rest[-1], strict=True)
+        if need
+    ]

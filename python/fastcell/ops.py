@@ -1,0 +1,320 @@
+"""One call of a layer stack: autocast, dropout, and the path that the call takes.
+
+Three ways through, chosen by ``route``:
+
+* ``"kernel"``: plain CPU tensors in eager mode go straight to the kernels, through an
+  ``autograd.Function`` only when a gradient is wanted: an operator's dispatch would cost more than
+  a small step.
+* ``"operator"``: the same kernels behind operators, where torch must see one (torch.compile,
+  torch.export, fake and meta tensors, dispatch modes, tensor subclasses, torch.func's vmap and
+  first-order gradients).
+* ``"composite"``: plain torch operations, where no kernel serves (forward-mode differentiation,
+  nested gradients in torch.func, devices without kernels).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import composite, cpu, operators, transforms, vmap
+from .autograd import differentiable
+from .cells import CELLS
+from .operators import CONFIG_SCHEMA, PLAIN
+from .plan import Config
+
+_NARROW = (torch.bfloat16, torch.float16)
+_DTYPES = (*cpu.DTYPES, *_NARROW)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
+def sequence(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    single_step: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A stack of recurrent layers over a sequence.
+
+    Args:
+        cell: a key of ``fastcell.cells.CELLS``.
+        input: (T, B, I); with ``batch_first`` (B, T, I); packed: (rows, I).
+        hx: initial states, each (L*D, B, P or H); None for zeros.
+        weights: flat, in torch's order.
+        batch_sizes: of a PackedSequence, or None.
+        single_step: the call is one step of a cell module; decides how autocast applies.
+
+    Returns:
+        The output in the input's layout and the final states. The arguments are taken as checked:
+        ``functional`` and the modules do that with torch's words.
+    """
+    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    result_dtype = None
+    if torch._C._is_any_autocast_enabled():
+        input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
+    masks = None
+    if dropout > 0 and training and num_layers > 1:
+        masks = _dropout_masks(config, input, weights, dropout)
+    if input.dtype in _NARROW:
+        # The kernels store float32 or float64: 16-bit values convert exactly, sums are float32.
+        result_dtype = result_dtype or input.dtype
+        input, hx, weights = _cast(torch.float32, input, hx, weights)
+        masks = None if masks is None else masks.float()
+
+    path = route(input, weights)
+    output: Tensor
+    states: Sequence[Tensor]
+    if path == "kernel":
+        try:
+            output, states = _direct(config, input, hx, weights, batch_sizes, masks)
+        except RuntimeError:
+            live = _unwrapped(input, hx, weights)
+            if live is None:
+                raise
+            output, states = _direct(config, *live, batch_sizes, masks)
+    elif path == "composite":
+        output, states = composite.sequence(config, input, hx, weights, batch_sizes, masks)
+    elif not torch.compiler.is_compiling() and transforms.gradient_levels() > 0:
+        output, states = differentiable(config, input, hx, weights, batch_sizes, masks)
+    else:
+        output, states = torch.ops.fastcell.sequence(
+            input, list(hx or ()), list(weights), batch_sizes, masks, *config
+        )
+    if result_dtype is not None:
+        return output.to(result_dtype), tuple([s.to(result_dtype) for s in states])
+    return output, tuple(states)
+
+
+def route(input: Tensor, weights: Sequence[Tensor]) -> str:
+    """``"kernel"``, ``"operator"`` or ``"composite"``: the path that ``sequence`` takes.
+
+    Warns, once for each, of a device or a dtype that has no kernels.
+    """
+    if not (input.is_cpu or input.is_meta):
+        return _without_kernel(f"device type '{input.device.type}'")
+    if input.dtype not in _DTYPES:
+        return _without_kernel(f"dtype {input.dtype}")
+    if torch.compiler.is_compiling():
+        return "operator"
+    if transforms.transformed():
+        # The kernels' rules serve vmap, and one level of gradients inside of torch.func.
+        return "operator" if transforms.gradient_levels() in (0, 1) else "composite"
+    if _dispatch_modes() or _tracing() is not None or input.is_meta or type(input) not in PLAIN:
+        return "operator"
+    for w in weights:
+        if type(w) not in PLAIN:
+            return "operator"
+    return "kernel"
+
+
+def _direct(
+    config: Config,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    if _wants_gradient(input, hx, weights):
+        return differentiable(config, input, hx, weights, batch_sizes, masks)
+    return cpu.forward(config, input, hx, weights, batch_sizes, masks, keep=False)[:2]
+
+
+def _unwrapped(
+    input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]] | None:
+    """The tensors inside of those that torch.func made and left behind; None if there are none.
+
+    Such a tensor (a state that a function under ``grad`` stored, say) has no memory of its own.
+    """
+    tensors = [input, *(hx or ()), *weights]
+    live = [torch._C._functorch.unwrap_if_dead(t) for t in tensors]
+    if all([a is b for a, b in zip(tensors, live, strict=True)]):
+        return None
+    count = 1 + len(hx or ())
+    return live[0], live[1:count] or None, live[count:]
+
+
+_warned: set[str] = set()
+
+
+def _without_kernel(what: str) -> str:
+    if what not in _warned and not torch.compiler.is_compiling():
+        _warned.add(what)
+        warnings.warn(
+            f"fastcell has no kernels for {what} yet: this layer runs step by step in plain torch "
+            "operations, which is slow",
+            stacklevel=5,
+        )
+    return "composite"
+
+
+def _wants_gradient(input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for w in weights:
+        if w.requires_grad:
+            return True
+    return input.requires_grad or (hx is not None and any([h.requires_grad for h in hx]))
+
+
+def _cast(
+    dtype: torch.dtype, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]]:
+    return (
+        input.to(dtype),
+        None if hx is None else [h.to(dtype) for h in hx],
+        [w.to(dtype) for w in weights],
+    )
+
+
+def _autocast(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    single_step: bool,
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor], torch.dtype | None]:
+    """The tensors as autocast has them, and the dtype of the results if it is another.
+
+    The results' dtypes are those of torch.nn's layers. Where those compute in the autocast dtype
+    but return the dtype of the state (GRU, LSTMCell, GRUCell), the arithmetic is not narrowed here.
+    """
+    tensors = (input, *(hx or ()), *weights)
+    dtypes = {t.dtype for t in tensors}
+    device = input.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        castable = False
+    else:
+        castable = all(d.is_floating_point and d is not torch.float64 for d in dtypes)
+    if not castable:
+        # Layers leave mixed dtypes to autocast: what it leaves alone, the kernels must not see.
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(str(d) for d in dtypes))
+            raise RuntimeError(
+                f"input, initial states and weights must have the same dtype, got {names}, which "
+                "autocast does not bring together"
+            )
+        return input, hx, weights, None
+    narrow = torch.get_autocast_dtype(device)
+    widest = functools.reduce(torch.promote_types, dtypes)
+    spec = CELLS[cell]
+    if spec.autocast_cell if single_step else spec.autocast:
+        return *_cast(narrow, input, hx, weights), None
+    state = input if hx is None else hx[-1]
+    result = torch.promote_types(state.dtype, narrow)
+    return *_cast(widest, input, hx, weights), result
+
+
+def _dropout_masks(
+    config: Config, input: Tensor, weights: Sequence[Tensor], dropout: float
+) -> Tensor:
+    """The factors between layers, (L-1, T, B, D*P) or packed (L-1, rows, D*P).
+
+    Drawn layer by layer from torch's generator: the same numbers as torch.nn draws.
+    """
+    shape = list(input.shape[:-1])
+    if config.batch_first and len(shape) == 2:
+        shape.reverse()
+    shape.append(weights[1].shape[1] * (2 if config.bidirectional else 1))
+    if torch.compiler.is_compiling() or transforms.transformed() or dropout == 1:
+        # Dropped ones: vmap's rules of randomness are then torch's.
+        ones = input.new_ones(shape)
+        return torch.stack(
+            [torch.nn.functional.dropout(ones, dropout) for _ in range(config.num_layers - 1)]
+        )
+    masks = input.new_empty((config.num_layers - 1, *shape))
+    for mask in masks:
+        mask.bernoulli_(1 - dropout).div_(1 - dropout)
+    return masks
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastcell", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "sequence(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? masks, "
+    f"{CONFIG_SCHEMA}) -> (Tensor, Tensor[])"
+)
+
+
+def _sequence(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    *config: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """``fastcell::sequence``: output and final states; ``hx`` may be empty, for zeros.
+
+    Implicitly composite: gradients and fake tensors follow from the calls made here. An exported
+    program so decides when it runs, not when it was made, whether to keep what a gradient needs.
+    """
+    arguments = (Config(*config), input, hx or None, weights, batch_sizes, masks)
+    output: Tensor
+    states: Sequence[Tensor]
+    if operators.is_plain(input):
+        # Without another operator in between, whose kernel would check.
+        cpu.check(Config(*config), input, hx, weights, batch_sizes, masks)
+    if transforms.transformed():
+        output, states = composite.sequence(*arguments)
+    elif _wants_gradient(input, hx, weights):
+        output, states = differentiable(*arguments)
+    else:
+        output, states, _ = operators.forward(*arguments, keep=False)
+    return output, list(states)
+
+
+_library.impl(  # type: ignore[no-untyped-call]
+    "sequence", _sequence, "CompositeImplicitAutograd"
+)
+
+
+@torch.library.register_vmap("fastcell::sequence", lib=_library)  # type: ignore[untyped-decorator]
+def _sequence_vmap(
+    info: Any,
+    in_dims: Any,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    *config: Any,
+) -> Any:
+    def call(
+        config: Config,
+        state_count: int,
+        batch_sizes: Tensor | None,
+        masks: Tensor | None,
+        input: Tensor,
+        *tensors: Tensor,
+    ) -> Sequence[Tensor]:
+        output, states = torch.ops.fastcell.sequence(
+            input, tensors[:state_count], tensors[state_count:], batch_sizes, masks, *config
+        )
+        return output, *states
+
+    flat_dims: list[Any] = [None, None, in_dims[3], in_dims[4], in_dims[0]]
+    for dims, tensors in ((in_dims[1], hx), (in_dims[2], weights)):
+        flat_dims += [None] * len(tensors) if dims is None else dims
+    (output, *states), (output_dim, *state_dims) = vmap.forward(
+        call, info.batch_size, flat_dims, Config(*config), len(hx), batch_sizes, masks, input,
+        *hx, *weights,
+    )  # fmt: skip
+    return (output, states), (output_dim, state_dims)

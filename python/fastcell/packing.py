@@ -1,0 +1,108 @@
+"""Packed weights: the layout the kernels read, made once per version of the weights.
+
+The cache is the only global state of the package. An entry belongs to a tuple of weight tensors;
+it is used again only while every tensor is the same object, at the same address and the same
+version, and a fingerprint of sampled elements is unchanged. The version counter sees every tracked
+in-place write (an optimizer's step, ``load_state_dict``); the fingerprint sees whole-tensor writes
+that bypass it (through ``.data`` or a NumPy view). A write of a few single elements that bypasses
+the counter can go unnoticed: ``clear_packed_weights()`` after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .plan import Config, Plan, plan_for
+
+_MAX_ENTRIES = 256
+_MAX_BYTES = 1 << 30
+
+
+class _Entry:
+    __slots__ = (
+        "call", "fingerprint", "item_size", "packed", "plan", "pointers", "refs", "sampled",
+        "versions",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        call: tuple[Config, torch.dtype, int],
+        plan: Plan,
+        weights: Sequence[Tensor],
+        packed: Tensor,
+        on_death: Any,
+    ) -> None:
+        self.call = call
+        self.plan = plan
+        self.packed = packed
+        self.refs = [weakref.ref(w, on_death) for w in weights]
+        self.versions = [w._version for w in weights]
+        self.pointers = [w.data_ptr() for w in weights]
+        self.sampled = [(w.data_ptr(), w.numel()) for w in weights]
+        self.item_size = weights[0].element_size()
+        self.fingerprint = _core.fingerprint(self.sampled, self.item_size)
+
+    def serves(self, weights: Sequence[Tensor]) -> bool:
+        return (
+            self.versions == [w._version for w in weights]
+            and self.pointers == [w.data_ptr() for w in weights]
+            and all([w.is_contiguous() for w in weights])
+            and bool(_core.fingerprint(self.sampled, self.item_size) == self.fingerprint)
+        )
+
+
+# By the identities of the weights; an entry goes when the first of its weights does.
+_entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def packed_weights(
+    config: Config, input: Tensor, weights: Sequence[Tensor], threads: int
+) -> tuple[Plan, Tensor]:
+    """The plan of a call and the packed form of its weights, made now or taken from the cache.
+
+    Raises RuntimeError or ValueError if the weights' shapes do not belong together.
+    """
+    key = tuple(map(id, weights))
+    call = (config, input.dtype, input.shape[-1])
+    entry = _entries.get(key)
+    if entry is not None and entry.call == call and entry.serves(weights):
+        return entry.plan, entry.packed
+    dense = [w.contiguous() for w in weights]
+    plan = plan_for(config, input, dense)
+    packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
+    plan.stack.pack([w.data_ptr() for w in dense], packed.data_ptr(), threads)
+    # No entry for a copy, which dies with this call, nor for tensors made under inference mode:
+    # they have no version counter to tell a change.
+    if all([d is w and not w.is_inference() for d, w in zip(dense, weights, strict=True)]):
+        _remember(key, _Entry(call, plan, weights, packed, lambda _: _entries.pop(key, None)))
+    return plan, packed
+
+
+def _remember(key: tuple[int, ...], entry: _Entry) -> None:
+    with _lock:
+        _entries[key] = entry
+        _entries.move_to_end(key)
+        held = sum(e.packed.numel() for e in list(_entries.values()))
+        while len(_entries) > 1 and (len(_entries) > _MAX_ENTRIES or held > _MAX_BYTES):
+            held -= _entries.popitem(last=False)[1].packed.numel()
+
+
+def packed_bytes(weights: Sequence[Tensor]) -> int:
+    """Bytes held in the cache for these weights; 0 if they are not packed."""
+    entry = _entries.get(tuple(map(id, weights)))
+    return entry.packed.numel() if entry is not None and entry.serves(weights) else 0
+
+
+def clear_packed_weights() -> None:
+    """Forgets every packed copy; the next call packs anew."""
+    with _lock:
+        _entries.clear()

@@ -1,0 +1,113 @@
+"""What the sizes of a call's weights say about it, worked out once per set of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .cells import CELLS, weights_per_direction
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Config(NamedTuple):
+    """The part of a call that is no tensor."""
+
+    cell: str
+    num_layers: int
+    bidirectional: bool
+    bias: bool
+    batch_first: bool
+
+
+class Plan(NamedTuple):
+    """The kernels bound to a stack's sizes, and the sizes of what they return."""
+
+    stack: Any  # _core.Stack
+    stacked: int  # layers times directions
+    width: int  # features of the output, of both directions
+    state_sizes: tuple[int, ...]  # of h: P or H; of c: H
+
+
+def plan_for(config: Config, input: Tensor, weights: Sequence[Tensor]) -> Plan:
+    """The plan of a call; raises if the weights do not fit each other or the input."""
+    shapes = tuple([w.shape for w in weights])
+    return _plan(config, input.dtype is torch.float64, input.shape[-1], shapes)
+
+
+def plan_for_symbolic(config: Config, input: Tensor, weights: Sequence[Tensor]) -> Plan:
+    """``plan_for`` where sizes may be symbols: those of features and weights become constants."""
+    shapes = tuple([tuple([int(n) for n in w.shape]) for w in weights])
+    return _plan(config, input.dtype is torch.float64, int(input.shape[-1]), shapes)
+
+
+def bound_stack(config: Config, input: Tensor, weights: Sequence[Tensor]) -> Any:
+    """The kernels bound to the sizes of these tensors."""
+    return plan_for(config, input, weights).stack
+
+
+@lru_cache(maxsize=256)
+def _plan(config: Config, float64: bool, input_size: int, shapes: Shapes) -> Plan:
+    hidden, proj = _checked_sizes(config, input_size, shapes)
+    directions = 2 if config.bidirectional else 1
+    stack = _core.Stack(
+        config.cell, float64, input_size, hidden, proj, config.num_layers, directions, config.bias
+    )
+    output = proj or hidden
+    sizes = (output, hidden)[: CELLS[config.cell].states]
+    return Plan(stack, config.num_layers * directions, directions * output, sizes)
+
+
+def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int, int]:
+    """(hidden, proj) of weights of these shapes, or an error that names the first wrong one."""
+    if config.cell not in CELLS or config.num_layers < 1:
+        raise ValueError(
+            f"cell must be one of {', '.join(CELLS)} and num_layers positive, got "
+            f"{config.cell!r} and {config.num_layers}"
+        )
+    spec = CELLS[config.cell]
+    directions = 2 if config.bidirectional else 1
+    plain = weights_per_direction(config.bias, False)
+    each, rest = divmod(len(shapes), config.num_layers * directions)
+    if rest or each not in (plain, plain + spec.projection):
+        raise ValueError(
+            f"{config.cell} with {config.num_layers} layer(s), {directions} direction(s) and "
+            f"bias={config.bias} takes {plain} tensors per layer and direction"
+            f"{' (one more with a projection)' if spec.projection else ''}, got {len(shapes)}"
+        )
+    hidden = shapes[0][0] // spec.gates if shapes[0] else 0
+    proj = shapes[each - 1][0] if each > plain else 0
+    if hidden == 0:
+        raise ValueError(f"weights need at least one hidden unit, got shape {tuple(shapes[0])}")
+    for i, (given, expected) in enumerate(
+        zip(shapes, _expected_shapes(config, input_size, hidden, proj), strict=True)
+    ):
+        if given != expected:
+            raise RuntimeError(
+                f"weight {i} of {config.cell} has shape {tuple(given)}, expected {expected} for "
+                f"input size {input_size} and hidden size {hidden}"
+            )
+    return hidden, proj
+
+
+def _expected_shapes(
+    config: Config, input_size: int, hidden: int, proj: int
+) -> list[tuple[int, ...]]:
+    gates = CELLS[config.cell].gates * hidden
+    directions = 2 if config.bidirectional else 1
+    output = proj or hidden
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(config.num_layers):
+        features = input_size if layer == 0 else directions * output
+        one: list[tuple[int, ...]] = [(gates, features), (gates, output)]
+        if config.bias:
+            one += [(gates,), (gates,)]
+        if proj:
+            one += [(output, hidden)]
+        shapes += one * directions
+    return shapes

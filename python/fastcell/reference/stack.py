@@ -1,0 +1,193 @@
+"""Layers and directions: the whole network, forward and backward.
+
+Layer k + 1 reads the outputs of layer k, those of both directions side by side (Schuster and
+Paliwal, "Bidirectional recurrent neural networks", 1997), multiplied by a dropout mask where one is
+given (Zaremba et al., arXiv:1409.2329, 2014: between layers, never from step to step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import sequence
+from .cells import CELLS, Array, Weights
+from .checks import (
+    check_dropout_masks,
+    check_grads,
+    check_input,
+    check_lengths,
+    check_states,
+    check_weights,
+)
+from .packing import Packing
+
+
+class Tape(NamedTuple):
+    """What ``backward`` needs of a forward pass. It refers to the arrays given to ``forward``:
+    leave those unchanged until then."""
+
+    sequences: list[sequence.SequenceTape]  # (L * D), layer by layer
+    packing: Packing
+    masks: list[Array]  # packed, one per gap between layers; empty: no dropout
+    output_shape: tuple[int, ...]
+    state_shapes: list[tuple[int, ...]]
+    directions: int
+
+
+class Result(NamedTuple):
+    """What ``forward`` returns."""
+
+    output: Array  # (T, B, D*P)
+    states: list[Array]  # final h (L*D, B, P), for LSTM also c (L*D, B, H)
+    tape: Tape | None
+
+
+class Gradients(NamedTuple):
+    """What ``backward`` returns: each gradient shaped as what it belongs to."""
+
+    input: Array
+    states: list[Array]
+    weights: list[Array]
+
+
+def forward(
+    cell: str,
+    x: ArrayLike,
+    states: Sequence[ArrayLike] | None,
+    weights: Sequence[ArrayLike],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    lengths: ArrayLike | None = None,
+    dropout_masks: ArrayLike | None = None,
+    save: bool = True,
+) -> Result:
+    """Run a stack of recurrent layers over a batch of sequences.
+
+    With T steps, B samples, L layers, D directions (1 or 2), input size I, hidden size H and output
+    size P (= H, or proj_size), all arrays in one floating dtype, in which all is computed:
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        x: (T, B, I).
+        states: initial h (L*D, B, P) and, for "lstm", c (L*D, B, H). None: zeros.
+        weights: per layer, per direction: weight_ih (G*H, I or D*P), weight_hh (G*H, P), with
+            ``bias`` also bias_ih and bias_hh (G*H,), with projection also weight_hr (P, H). These
+            are torch's shapes, order and gate order: ``module._flat_weights`` fits.
+        lengths: (B,) integers in 0 .. T, in any order. Outputs past a sample's length are zero, its
+            final state is that after its own last step, and the reverse direction begins there:
+            as with torch's PackedSequence, which knows no length 0 (here: the state is unchanged).
+        dropout_masks: (L-1, T, B, D*P), multiplied onto the outputs between layers; already scaled.
+        save: False keeps nothing for ``backward``: the tape is None.
+
+    Raises:
+        ValueError: a shape, size or name is wrong. TypeError: a dtype is.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    kind = CELLS[cell]
+    directions = 2 if bidirectional else 1
+    x = check_input(x)
+    sizes, weights_of = check_weights(kind, weights, x, num_layers, directions, bias)
+    steps, batch, _ = x.shape
+    initial = check_states(kind, states, x, len(weights_of), batch, sizes)
+    packing = Packing.of(steps, batch, check_lengths(lengths, steps, batch))
+    output_shape = (steps, batch, directions * sizes.output)
+    padded_masks = check_dropout_masks(dropout_masks, x, (num_layers - 1, *output_shape))
+
+    masks = [packing.pack(mask) for mask in padded_masks]
+    initial = [packing.sort(state) for state in initial]
+    rows = packing.pack(x)
+    tapes: list[sequence.SequenceTape] = []
+    finals: list[list[Array]] = []
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN pass silently, as in torch
+        for layer in range(num_layers):
+            if layer > 0 and masks:
+                rows = rows * masks[layer - 1]
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                output, final, tape = sequence.forward(
+                    kind,
+                    rows,
+                    [state[index] for state in initial],
+                    weights_of[index],
+                    packing.batch_sizes,
+                    reverse=direction == 1,
+                    save=save,
+                )
+                outputs.append(output)
+                finals.append(final)
+                if tape is not None:
+                    tapes.append(tape)
+            rows = np.concatenate(outputs, axis=1)
+    final_states = [packing.unsort(np.stack(group)) for group in zip(*finals, strict=True)]
+    shapes = [state.shape for state in initial]
+    return Result(
+        packing.unpack(rows),
+        final_states,
+        Tape(tapes, packing, masks, output_shape, shapes, directions) if save else None,
+    )
+
+
+def backward(
+    tape: Tape | None,
+    grad_output: ArrayLike | None = None,
+    grad_states: Sequence[ArrayLike | None] | None = None,
+) -> Gradients:
+    """Backpropagation through time.
+
+    Args:
+        tape: of ``forward``. It is not consumed and may serve again.
+        grad_output: gradient of the loss by ``Result.output``, (T, B, D*P). None: zeros. What it
+            holds past a sample's length has no influence.
+        grad_states: gradients by ``Result.states``, of the same shapes. None, or None for one of
+            them: zeros.
+
+    Returns:
+        The gradients by the input (zero past each sample's length), by the initial states and by
+        the weights, as lists in the order in which ``forward`` takes them.
+
+    Raises:
+        ValueError: a shape is wrong, or the tape is None. TypeError: a dtype is wrong.
+    """
+    if tape is None:
+        raise ValueError("the tape is None: call forward with save=True")
+    packing, directions = tape.packing, tape.directions
+    output_grad, state_grads = check_grads(
+        grad_output, grad_states, tape.sequences[0].rows, tape.output_shape, tape.state_shapes
+    )
+    grad_rows = packing.pack(output_grad)
+    finals = [packing.sort(grad) for grad in state_grads]
+    initials: list[list[Array]] = [[]] * len(tape.sequences)
+    weights: list[list[Array]] = [[]] * len(tape.sequences)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for layer in reversed(range(len(tape.sequences) // directions)):
+            grad_inputs = []
+            for direction, grad in enumerate(np.split(grad_rows, directions, axis=1)):
+                index = layer * directions + direction
+                gradients = sequence.backward(
+                    tape.sequences[index], grad, [state[index] for state in finals]
+                )
+                grad_inputs.append(gradients.rows)
+                initials[index] = gradients.states
+                weights[index] = _in_order(gradients.weights, tape.sequences[index].weights)
+            grad_rows = grad_inputs[0] if directions == 1 else grad_inputs[0] + grad_inputs[1]
+            if layer > 0 and tape.masks:
+                grad_rows = grad_rows * tape.masks[layer - 1]
+    return Gradients(
+        packing.unpack(grad_rows),
+        [packing.unsort(np.stack(group)) for group in zip(*initials, strict=True)],
+        [gradient for group in weights for gradient in group],
+    )
+
+
+def _in_order(gradients: Weights, weights: Weights) -> list[Array]:
+    """The gradients in the order of the weights, each of which must have one."""
+    assert gradients.keys() == weights.keys(), "a cell's weight_gradients does not name its weights"
+    return [gradients[name] for name in weights]

@@ -1,0 +1,34 @@
+"""Settings of the whole suite: repeatable random tests, and what is slow only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from support import poisoned
+
+# The same examples on every machine and every day; no folder of remembered failures.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that is allocated but never written shows as NaN in whatever reads it."""
+    with poisoned():
+        assert torch.empty(3).isnan().all(), "memory is not poisoned"
+        assert (torch.empty(12, dtype=torch.uint8).view(torch.float32)).isnan().all()
+        assert torch.zeros(2).new_empty(3).isnan().all()
+        assert torch.empty_like(torch.zeros(2)).isnan().all()
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))

@@ -1,0 +1,208 @@
+"""Same bits, always: however many threads, whatever batch, wherever a sequence is cut.
+
+Equality here is of every bit. Gradients of parameters are sums over the whole batch, so they are
+compared only where the rows are the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import fastcell
+from fastcell import _core
+from support import CELLS, Case, Problem, Values, assert_same_bits, is_parameter, threads
+
+F32, F64 = torch.float32, torch.float64
+
+# One layer wider than every register tile, then a stack; then as many rows as fill several blocks.
+SMALL = [
+    Case(cell, dtype, layers, T=9, B=5, I=20, H=H, projected=projected)
+    for cell, projected in [*((cell, False) for cell in CELLS), ("lstm", True)]
+    for dtype, layers, H in [(F32, 1, 67), (F64, 2, 19)]
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def run(problem: Problem) -> Values:
+    return problem.run(problem.layer(fastcell))
+
+
+def per_sample(values: Values) -> Values:
+    return {name: value for name, value in values.items() if not is_parameter(name)}
+
+
+def schedule(case: Case, count: int) -> tuple[int, int, int]:
+    """How the kernels share a call out: (direction groups, batch groups, threads per group)."""
+    stack = _core.Stack(
+        case.cell, case.dtype is F64, case.I, case.H, case.proj, case.layers, case.directions, True
+    )
+    found: tuple[int, int, int] = stack.explain(case.T, case.B, case.T * case.B, 0, count)
+    return found
+
+
+# Each is shared out in another way: hidden units, the batch, directions; with rows left over.
+THREADED = [
+    case
+    for cell, projected in [*((cell, False) for cell in CELLS), ("lstm", True)]
+    for case in [
+        Case(cell, F32, 2, T=12, B=5, I=35, H=129, projected=projected),
+        Case(cell, F32, T=20, B=67, I=35, H=65, projected=projected),
+        Case(cell, F64, 2, True, form="ragged", T=12, B=9, I=35, H=99, projected=projected),
+        Case(cell, F32, 1, True, T=12, B=50, I=64, H=65, projected=projected),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_any_number_of_threads(case):
+    problem = Problem(case)
+    alone = run(problem)
+    for count in (2, 3):
+        assert np.prod(schedule(case, count)) == count, "the call is too small to be shared out"
+        with threads(count):
+            assert_same_bits(run(problem), alone)
+
+
+def test_every_way_to_share_out_is_tried():
+    ways = {tuple(n > 1 for n in schedule(case, count)) for case in THREADED for count in (2, 3, 4)}
+    assert {(False, False, True), (False, True, False), (True, False, False)} <= ways
+
+
+@pytest.mark.parametrize("batch", [33, 205])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_a_sample_alone_and_in_any_batch(case, batch):
+    """Forward and the gradients of the sample's input and initial states."""
+    problem = Problem(case._replace(B=batch, T=5))
+    whole = per_sample(run(problem))
+    last = batch - 1
+    for chosen in ([0], [last], [7, 8], [3, 30, 1, 12, 25], range(1, 14), range(last, -1, -1)):
+        part = problem.samples(list(chosen), "padded")
+        expected = {name: value[:, list(chosen)] for name, value in whole.items()}
+        assert_same_bits(per_sample(run(part)), expected)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_cut_anywhere_in_time(case):
+    """Two calls, the second from the first's final states; gradients flow back through those."""
+    case = case._replace(T=23)
+    problem = Problem(case)
+    layer = problem.layer(fastcell)
+    whole = per_sample(run(problem))
+    for cut in (1, 2, 11, 22):
+        inputs = problem.inputs()
+        first = problem.steps(0, cut).call(layer, inputs | {"x": inputs["x"][:cut]})
+        states = {f"{name}0": first[name] for name in case.state_names}
+        second = problem.steps(cut, case.T).call(layer, states | {"x": inputs["x"][cut:]})
+        values = second | {"output": torch.cat([first["output"], second["output"]])}
+        torch.autograd.backward(list(values.values()), problem.gradients_in())
+        gradients = {f"gradient of {name}": leaf.grad for name, leaf in inputs.items()}
+        assert_same_bits(values | gradients, whole)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_step_by_step(case):
+    """Streaming: one call per step."""
+    problem = Problem(case)
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    with torch.no_grad():
+        whole = problem.call(layer, inputs)
+        outputs, states = [], {name: inputs[name] for name in inputs if name != "x"}
+        for t in range(case.T):
+            step = problem.call(layer, states | {"x": inputs["x"][t : t + 1]})
+            outputs.append(step["output"])
+            states = {f"{name}0": step[name] for name in case.state_names}
+    final = {name: states[f"{name}0"] for name in case.state_names}
+    assert_same_bits({"output": torch.cat(outputs), **final}, whole)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_packed_and_padded(case, bidirectional):
+    """Equal lengths packed: parameters' gradients too. Ragged ones: each sample alone."""
+    case = case._replace(bidirectional=bidirectional, B=13, T=21)
+    padded = Problem(case)
+    packed = padded.samples(range(13), "sorted")
+    packed.lengths = np.full(13, 21)
+    assert_same_bits(run(packed), run(padded))
+
+    packed = Problem(case._replace(form="ragged"))
+    whole = per_sample(run(packed))
+    for b, length in enumerate(packed.lengths):
+        alone = packed.samples([b], "padded")
+        expected = {name: value[:, [b]] for name, value in whole.items()}
+        for name in ("output", "gradient of x"):
+            assert not expected[name][length:].any(), "something beyond a sample's end"
+            expected[name] = expected[name][:length]
+        assert_same_bits(per_sample(run(alone)), expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_inference_and_training(case, bidirectional):
+    problem = Problem(case._replace(bidirectional=bidirectional, layers=3, T=40, B=33))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    training = problem.call(layer, inputs)
+    assert training["output"].requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert_same_bits(problem.call(layer, inputs), training)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_batch_first_and_not(case, bidirectional):
+    case = case._replace(bidirectional=bidirectional)
+    time_first = run(Problem(case))
+    batch_first = run(Problem(case._replace(batch_first=True)))
+    for name in ("output", "gradient of x"):
+        batch_first[name] = batch_first[name].transpose(0, 1)
+    assert_same_bits(batch_first, time_first)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_unbatched_and_a_batch_of_one(case):
+    batched = run(Problem(case._replace(B=1)))
+    unbatched = run(Problem(case._replace(B=1, form="unbatched")))
+    squeezed = {
+        name: value if is_parameter(name) else value.squeeze(1) for name, value in batched.items()
+    }
+    assert_same_bits(unbatched, squeezed)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_a_direction_alone_and_beside_the_other(case):
+    """The forward direction of a bidirectional layer is the unidirectional layer."""
+    case = case._replace(layers=1)
+    both = Problem(case._replace(bidirectional=True))
+    alone = Problem(case)
+    alone.x, alone.weights = both.x, both.weights[: len(both.weights) // 2]
+    alone.states = [state[:1] for state in both.states]
+    alone.grad_output = both.grad_output[..., : case.output]
+    alone.grad_states = [grad[:1] for grad in both.grad_states]
+    whole, found = run(both), run(alone)
+    found.pop("gradient of x")  # both directions add to it
+    expected = {}
+    for name, _value in found.items():
+        if name == "output":
+            expected[name] = whole[name][..., : case.output]
+        else:
+            expected[name] = whole[name] if is_parameter(name) else whole[name][:1]
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_one_call_after_the_other(case):
+    """Nothing of a call is left for the next: workspaces and caches hold no state."""
+    problem, other = Problem(case), Problem(case._replace(B=2, T=30, seed=1))
+    first = run(problem)
+    run(other)
+    assert_same_bits(run(problem), first)
