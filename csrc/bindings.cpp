@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -323,6 +324,15 @@ double measure_read_bandwidth(int64_t bytes_per_thread, int threads, double seco
 PYBIND11_MODULE(_core, m) {
   m.doc() = "fastcell's kernels, on raw pointers; fastcell.ops is the layer that knows tensors.";
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def(
+      "estimate_quotients",
+      [](std::optional<bool> wanted) {
+        const bool before = estimate_quotients;
+        if (wanted) estimate_quotients = *wanted;
+        return before;
+      },
+      py::arg("wanted") = py::none(),
+      "Whether AVX-512 kernels divide by estimate and correction; sets it, for tests.");
   m.def(
       "isas",
       [] {

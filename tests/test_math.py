@@ -22,6 +22,16 @@ DTYPES = [np.float32, np.float64]
 WIDER: dict[Any, Any] = {np.float32: np.float64, np.float64: np.longdouble}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["divided", "estimated"])
+def quotients(request):
+    """Both ways to divide, whichever this CPU would take."""
+    if request.param and _core.isa() != "avx512":
+        pytest.skip("only AVX-512 estimates")
+    before = _core.estimate_quotients(request.param)
+    yield
+    _core.estimate_quotients(before)
+
+
 def kernel(name: str, x: np.ndarray) -> np.ndarray:
     y = np.empty_like(x)
     getattr(_core, name)(x.ctypes.data, y.ctypes.data, x.size, x.dtype == np.float64)

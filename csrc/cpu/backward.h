@@ -54,8 +54,8 @@ class Backward {
         : product(widest(call.stack), call.time.rows, threads, arena) {
       const Stack& s = call.stack;
       const int64_t rows = call.time.rows, batch = call.time.batch;
-      d_h_stride = (s.output + lanes - 1) / lanes * lanes;
-      d_c_stride = (s.hidden + lanes - 1) / lanes * lanes;
+      d_h_stride = padded_row<T>(s.output);
+      d_c_stride = padded_row<T>(s.hidden);
       for (int dir = 0; dir < s.directions; ++dir) {
         d_gates[dir] = arena.take<T>(rows * (G + A) * s.hidden);
         d_output[dir] = arena.take<T>(s.projected ? rows * s.output : 0);

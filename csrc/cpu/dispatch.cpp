@@ -4,6 +4,15 @@
 
 namespace fastcell {
 
+bool estimate_quotients = [] {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}();
+
 #define FASTCELL_DECLARE(isa) \
   namespace isa {             \
   extern const Kernels table; \

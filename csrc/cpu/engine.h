@@ -39,6 +39,9 @@ bool supported(const Kernels& kernels);
 // FASTCELL_ISA names something that is not there.
 const Kernels* choose_kernels(const char* wanted, const char** error);
 
+// Whether AVX-512 kernels divide by estimate (simd.h, quotient()): by what the CPU is.
+extern bool estimate_quotients;
+
 // How `threads` threads should share a call.
 Schedule choose_schedule(const Stack& stack, const Timeline& time, const CellKernels& cell,
                          int threads);

@@ -1,8 +1,10 @@
 // The forward engine: a stack of layers over a sequence, for any cell.
 //
-// Per layer and direction: the input projection of a chunk of steps as one product, then the steps,
-// each a product with the recurrent weights and the cell's pointwise maths on the tile that the
-// product has just left in the nearest cache. A chunk's projections are as many as stay in cache.
+// Per layer and direction, each step is a product with the recurrent weights and the cell's pointwise
+// maths on the sums that the product has just left in the nearest cache. Those sums begin with the
+// input projection. Few samples: the projection of a chunk of steps is one product before them, so
+// that its weights are read once for many rows. Many: each step begins its own sums, which then never
+// leave the nearest cache. Either way an element is the same chain of FMAs, and has the same bits.
 #pragma once
 
 #include "math.h"
@@ -15,7 +17,7 @@ template <class T, class Cell>
 struct PackedDirection {
   Panels<T> x, h, r;
   T *x_weights, *h_weights, *r_weights;
-  T* x_bias;  // [block][gate][lane]: b_ih, with b_hh for the gates whose two terms are joined
+  T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
@@ -27,6 +29,22 @@ struct PackedDirection {
     r_weights = arena.take<T>(r.size());
     x_bias = arena.take<T>(x.padded_units() * Cell::gates);
     h_bias = arena.take<T>(x.padded_units() * Cell::apart);
+  }
+};
+
+// The sums of one row and unit block: [input terms of the gates apart][joined gates][recurrent terms
+// of the gates apart]. The input product fills the first `gates` vectors, the recurrent product adds
+// to the last `gates`. So the input weights' slots hold the gates apart first.
+template <class Cell>
+struct Slots {
+  static constexpr int apart = Cell::apart;
+  static constexpr int joined = Cell::gates - Cell::apart;
+  static constexpr int count = Cell::gates + Cell::apart;
+  static_assert(count <= kMaxVectors, "the sums of a unit block are one tile wide at most");
+  static_assert(apart == 0 || Cell::gates > 2, "one unit block per panel where gates are apart");
+
+  static constexpr int gate_of(int input_slot) {
+    return input_slot < apart ? joined + input_slot : input_slot - apart;
   }
 };
 
@@ -52,12 +70,12 @@ struct Packing {
         const auto share = [&](const Panels<T>& p) {
           return part(p.count(), team.index, team.size);
         };
-        pack_transposed(to.x, static_cast<const T*>(weights[0]), to.x_weights, share(to.x));
-        pack_transposed(to.h, static_cast<const T*>(weights[1]), to.h_weights, share(to.h));
-        if (s.projected) {
-          pack_transposed(to.r, static_cast<const T*>(weights[s.weights_each() - 1]), to.r_weights,
-                          share(to.r));
-        }
+        const auto pack = [&](const Panels<T>& panels, const void* from, T* to, int first_gate) {
+          pack_transposed(panels, static_cast<const T*>(from), to, share(panels), first_gate);
+        };
+        pack(to.x, weights[0], to.x_weights, Slots<Cell>::gate_of(0));
+        pack(to.h, weights[1], to.h_weights, 0);
+        if (s.projected) pack(to.r, weights[s.weights_each() - 1], to.r_weights, 0);
         if (team.index == 0) pack_bias(s, weights, to);
       }
     }
@@ -67,14 +85,15 @@ struct Packing {
   static void pack_bias(const Stack& s, const void* const* weights, const Packed& to) {
     const T* b_ih = s.bias ? static_cast<const T*>(weights[2]) : nullptr;
     const T* b_hh = s.bias ? static_cast<const T*>(weights[3]) : nullptr;
-    constexpr int joined = Cell::gates - Cell::apart;
+    constexpr int joined = Slots<Cell>::joined;
     for (int64_t unit = 0; unit < to.x.padded_units(); ++unit) {
       const int64_t block = unit / V::lanes, lane = unit % V::lanes;
       const bool valid = s.bias && unit < s.hidden;
-      for (int g = 0; g < Cell::gates; ++g) {
+      for (int slot = 0; slot < Cell::gates; ++slot) {
+        const int g = Slots<Cell>::gate_of(slot);
         T value = valid ? b_ih[g * s.hidden + unit] : T(0);
         if (valid && g < joined) value += b_hh[g * s.hidden + unit];
-        to.x_bias[(block * Cell::gates + g) * V::lanes + lane] = value;
+        to.x_bias[(block * Cell::gates + slot) * V::lanes + lane] = value;
       }
       for (int a = 0; a < Cell::apart; ++a) {
         to.h_bias[(block * Cell::apart + a) * V::lanes + lane] =
@@ -117,16 +136,21 @@ class Forward {
   static constexpr int A = Cell::apart;
   static constexpr int joined = G - A;
   static constexpr int lanes = V::lanes;
-  // Where the saved values have room for them, the projections are written there and overwritten.
-  static constexpr bool project_into_saved = Cell::saved >= G;
+  // Samples per step from which a step projects its own input: reading the input weights anew is
+  // hidden behind that many rows of FMAs.
+  static constexpr int64_t kOwnProjection = 16;
+
+  // Elements of one row of a full panel's sums.
+  static int64_t sums_width(const Panels<T>& h) { return h.blocks_each() * (G + A) * lanes; }
 
   struct Buffers {
     T* layer_output[2];  // inner layers when nothing is kept
     T* dropped;          // an inner layer's output after dropout
-    T* gates[2];         // per direction: the projections of one chunk
+    T* sums[2];          // per direction, [panel][row]: begun with the projections of one chunk
     T* h[2][2];          // per direction, double-buffered: (B, padded output)
     T* c[2];             // per direction: (B, padded hidden) of the states behind h
     T* m[2];             // per direction: (B, padded hidden), before the projection
+    bool hoisted;        // the projections of a chunk of steps before the steps
     int64_t chunk;       // steps
     int64_t h_stride, c_stride;
 
@@ -137,17 +161,19 @@ class Forward {
       const bool inner = s.layers > 1;
       for (T*& p : layer_output) p = arena.take<T>(inner && !call.reserve ? time.rows * width : 0);
       dropped = arena.take<T>(call.masks ? time.rows * width : 0);
+      const Panels<T> panels{G, s.hidden, 0};
+      const int64_t samples = time.steps > 0 ? time.rows / time.steps : 0;
+      hoisted = samples < kOwnProjection * call.schedule.batch_groups;
       // About half of a core's own cache, but enough rows to make the product worth its start.
-      const int64_t step_bytes = time.batch * G * s.hidden * int64_t(sizeof(T));
-      chunk = (int64_t(1) << 20) / (step_bytes > 0 ? step_bytes : 1);
+      const int64_t step = time.batch * panels.count() * sums_width(panels);
+      chunk = (int64_t(1) << 20) / int64_t(sizeof(T)) / (step > 0 ? step : 1);
       const int64_t least = (48 + time.batch - 1) / (time.batch > 0 ? time.batch : 1);
       if (chunk < least) chunk = least;
-      if (chunk > time.steps) chunk = time.steps;
-      const bool in_saved = call.reserve && project_into_saved;
-      h_stride = (s.output + lanes - 1) / lanes * lanes;
-      c_stride = (s.hidden + lanes - 1) / lanes * lanes;
+      if (chunk > time.steps || !hoisted) chunk = time.steps;
+      h_stride = padded_row<T>(s.output);
+      c_stride = padded_row<T>(s.hidden);
       for (int dir = 0; dir < s.directions; ++dir) {
-        gates[dir] = arena.take<T>(in_saved ? 0 : chunk * time.batch * G * s.hidden);
+        sums[dir] = arena.take<T>(hoisted ? chunk * step : 0);
         for (T*& p : h[dir]) p = arena.take<T>(time.batch * h_stride);
         c[dir] = arena.take<T>((Cell::states - 1) * time.batch * c_stride);
         m[dir] = arena.take<T>(s.projected ? time.batch * c_stride : 0);
@@ -189,9 +215,8 @@ class Forward {
   const bool reverse;
   T* const y;  // this direction's columns
   const int64_t y_stride;
-  T* gates;  // row r of the chunk at gates + (r - gates_first) * gates_stride
-  int64_t gates_first;
-  int64_t gates_stride;
+  T* const sums;  // of the rows from sums_first on
+  int64_t sums_first;
   T* saved;             // or null
   T* kept_states;       // or null
   T* kept_cell_output;  // or null
@@ -199,7 +224,7 @@ class Forward {
   T* c;
   T* m;
   const int64_t h_stride, c_stride, chunk;
-  const bool in_saved;
+  const bool hoisted;
   const T* initial[Cell::states];
   T* final_state[Cell::states];
 
@@ -213,13 +238,15 @@ class Forward {
         reverse(dir == 1),
         y(layer_output(call, buffers, layer) + dir * call.stack.output),
         y_stride(call.stack.directions * call.stack.output),
+        sums(buffers.sums[dir]),
+        sums_first(0),
         h{buffers.h[dir][0], buffers.h[dir][1]},
         c(buffers.c[dir]),
         m(buffers.m[dir]),
         h_stride(buffers.h_stride),
         c_stride(buffers.c_stride),
         chunk(buffers.chunk),
-        in_saved(call.reserve && project_into_saved) {
+        hoisted(buffers.hoisted) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
     saved = reserve ? reserve + layout.saved_at(s, layer, dir, time.rows) : nullptr;
@@ -227,9 +254,6 @@ class Forward {
     kept_cell_output = reserve && s.projected
                            ? reserve + layout.cell_output_at(s, layer, dir, time.rows)
                            : nullptr;
-    gates = in_saved ? saved : buffers.gates[dir];
-    gates_stride = in_saved ? Cell::saved * s.hidden : G * s.hidden;
-    gates_first = 0;
     for (int i = 0; i < Cell::states; ++i) {
       const int64_t at = (int64_t(layer) * s.directions + dir) * time.batch * s.state_size(i);
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
@@ -245,9 +269,9 @@ class Forward {
       const int64_t end = done + chunk < time.steps ? done + chunk : time.steps;
       const int64_t t0 = reverse ? time.steps - end : done;
       const int64_t t1 = reverse ? time.steps - done : end;
-      if (!in_saved) gates_first = time.first(t0);
+      sums_first = time.first(t0);
       // No barrier: a thread projects what it will itself read in the steps.
-      project(t0, t1);
+      if (hoisted) project(t0, t1);
       for (int64_t i = done; i < end; ++i) {
         const int64_t t = reverse ? time.steps - 1 - i : i;
         step(t, h[current], h[current ^ 1], i % 2 != 0);
@@ -280,97 +304,114 @@ class Forward {
     return Share(w.h.count(), place.b0, place.b1, w.h.rows_each(), place.index, place.size);
   }
 
-  // Input projections of the steps [t0, t1) into the gates buffer.
+  // A row of one panel's sums in the buffer of a chunk.
+  T* sums_row(int64_t p, int64_t r) const {
+    return sums + p * sums_width(w.h) * time.batch * chunk +
+           (r - sums_first) * w.h.blocks(p) * (G + A) * lanes;
+  }
+
+  // Input projections of the steps [t0, t1) into the buffer.
   void project(int64_t t0, int64_t t1) {
     share().for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
-      const int vectors = w.x.vectors(p);
-      const int64_t unit = w.x.first_unit(p);
-      const bool full = w.x.full(p);
-      alignas(64) T block[kRowBlock * kMaxVectors * lanes];
       for_row_blocks(time, t0, t1, b0, b1, [&](const Row* rows, int n) {
         const T* a[kRowBlock];
         T* to[kRowBlock];
         for (int i = 0; i < n; ++i) {
           a[i] = x.at(rows[i].t, rows[i].b, rows[i].r);
-          to[i] = full ? gates_row(rows[i].r) + unit : block + i * vectors * lanes;
+          to[i] = sums_row(p, rows[i].r);
         }
-        // A full panel's vectors lie apart by gate, or side by side where there is one gate.
-        static_assert(G == 1 || G > 2, "a panel of several blocks of several gates needs a copy");
-        multiply_panel<T>(a, to, n, w.x_weights + w.x.offset(p), vectors, w.x.depth,
-                          full && G > 1 ? s.hidden : lanes, w.x_bias + unit * G);
-        if (full) return;
-        for (int i = 0; i < n; ++i) scatter(p, block + i * vectors * lanes, gates_row(rows[i].r));
+        begin_sums(p, a, to, n);
       });
     });
   }
 
-  T* gates_row(int64_t r) const { return gates + (r - gates_first) * gates_stride; }
-
-  // Calls f(first unit, valid units, vector index of gate 0) for each unit block of a panel.
-  template <class F>
-  FASTCELL_INLINE void for_blocks(int64_t p, F f) const {
-    for (int block = 0; block < w.h.blocks(p); ++block) {
-      const int64_t unit = w.h.first_unit(p) + block * lanes;
-      const int64_t left = s.hidden - unit;
-      f(unit, left < lanes ? int(left) : lanes, block * G);
+  // Begins sums: with the input's terms, and the recurrent bias where the two stay apart.
+  FASTCELL_INLINE void begin_sums(int64_t p, const T* const* a, T* const* to, int n) const {
+    const int64_t unit = w.x.first_unit(p);
+    for (int i = 0; i < A; ++i) {
+      const V bias = V::load(w.h_bias + unit * A + i * lanes);
+      for (int row = 0; row < n; ++row) bias.store(to[row] + (G + i) * lanes);
     }
-  }
-
-  FASTCELL_INLINE void scatter(int64_t p, const T* tile_row, T* gates_row) const {
-    for_blocks(p, [&](int64_t unit, int valid, int v) {
-      for (int g = 0; g < G; ++g) {
-        store_first(gates_row + g * s.hidden + unit, V::load(tile_row + (v + g) * lanes), valid);
-      }
-    });
+    multiply_panel<T>(a, to, n, w.x_weights + w.x.offset(p), w.x.vectors(p), w.x.depth, lanes,
+                      w.x_bias + unit * G);
   }
 
   void step(int64_t t, const T* h_before, T* h_after, bool backwards) {
     const int64_t alive = time.alive(t), first = time.first(t);
     const int64_t alive_next =
         reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
-    share().for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+    const Share share = this->share();
+    int64_t panels_done = 0;
+    share.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+      if (!hoisted) prefetch_input(reverse ? t - 1 : t + 1, panels_done++, share.panels());
       if (b1 > alive) b1 = alive;
-      const int vectors = w.h.vectors(p);
+      const int64_t width = w.h.blocks(p) * (G + A) * lanes;
       alignas(64) T block[kRowBlock * kMaxVectors * lanes];
       for (int64_t b = b0; b < b1; b += kRowBlock) {
         const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
         const T* a[kRowBlock];
         T* to[kRowBlock];
+        if (hoisted) {
+          for (int i = 0; i < n; ++i) to[i] = sums_row(p, first + b + i);
+        } else {
+          for (int i = 0; i < n; ++i) {
+            a[i] = x.at(t, b + i, first + b + i);
+            to[i] = block + i * width;
+          }
+          begin_sums(p, a, to, n);
+        }
+        T* const sums_begin = to[0];
         for (int i = 0; i < n; ++i) {
           a[i] = h_before + (b + i) * h_stride;
-          to[i] = block + i * vectors * lanes;
-          begin_sums(p, gates_row(first + b + i), to[i]);
+          to[i] += A * lanes;
         }
-        multiply_panel<T>(a, to, n, w.h_weights + w.h.offset(p), vectors, w.h.depth, lanes,
+        multiply_panel<T>(a, to, n, w.h_weights + w.h.offset(p), w.h.vectors(p), w.h.depth, lanes,
                           nullptr);
-        for (int i = 0; i < n; ++i) {
-          finish_row(p, to[i], b + i, first + b + i, b + i >= alive_next, h_before, h_after);
+        for (int i = 0; i < w.h.blocks(p); ++i) {
+          const int64_t unit = w.h.first_unit(p) + i * lanes;
+          const Rows rows{b, n, first, alive_next};
+          const T* from = sums_begin + i * (G + A) * lanes;
+          if (s.hidden - unit >= lanes) {
+            finish(unit, lanes, from, width, rows, h_before, h_after);
+          } else {
+            finish(unit, int(s.hidden - unit), from, width, rows, h_before, h_after);
+          }
         }
       }
     });
   }
 
-  // The sums begin with the projection, or with the recurrent bias where the terms stay apart.
-  FASTCELL_INLINE void begin_sums(int64_t p, const T* from, T* sums) const {
-    for_blocks(p, [&](int64_t unit, int valid, int v) {
-      for (int g = 0; g < joined; ++g) {
-        load_first(from + g * s.hidden + unit, valid).store(sums + (v + g) * lanes);
-      }
-      for (int g = joined; g < G; ++g) {
-        V::load(w.h_bias + unit * A + (g - joined) * lanes).store(sums + (v + g) * lanes);
-      }
-    });
+  // A part of the input of step t: the product will read it row by row, which no hardware foresees.
+  FASTCELL_INLINE void prefetch_input(int64_t t, int64_t part_index, int64_t parts) const {
+    if (t < 0 || t >= time.steps) return;
+    const Range columns{w.x.depth * part_index / parts, w.x.depth * (part_index + 1) / parts};
+    const int64_t end = place.b1 < time.alive(t) ? place.b1 : time.alive(t);
+    constexpr int64_t line = 64 / int64_t(sizeof(T));
+    for (int64_t b = place.b0; b < end; ++b) {
+      const T* row = x.at(t, b, time.first(t) + b);
+      for (int64_t k = columns.begin; k < columns.end; k += line) __builtin_prefetch(row + k, 0, 2);
+    }
   }
 
-  // The cell's maths for one sample and one panel of units.
-  FASTCELL_INLINE void finish_row(int64_t p, const T* sums, int64_t b, int64_t r, bool last,
-                                  const T* h_before, T* h_after) {
-    for_blocks(p, [&](int64_t unit, int valid, int v) {
+  struct Rows {
+    int64_t b;  // samples [b, b + n) of one step
+    int n;
+    int64_t first;       // row of the step's sample 0
+    int64_t alive_next;  // samples that go on
+  };
+
+  // The cell's maths for some samples and one block of units. Inlined twice: for a whole block,
+  // `valid` is a constant.
+  FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int64_t width,
+                              const Rows& rows, const T* h_before, T* h_after) {
+    for (int row = 0; row < rows.n; ++row, from += width) {
+      const int64_t b = rows.b + row, r = rows.first + b;
+      const bool last = b >= rows.alive_next;
       V a[G + A], state[Cell::states], keep[Cell::saved + 1];
-      for (int g = 0; g < joined; ++g) a[g] = V::load(sums + (v + g) * lanes);
-      for (int g = joined; g < G; ++g) {
-        a[g] = load_first(gates_row(r) + g * s.hidden + unit, valid);
-        a[g + A] = V::load(sums + (v + g) * lanes);
+      for (int g = 0; g < joined; ++g) a[g] = V::load(from + (A + g) * lanes);
+      for (int g = 0; g < A; ++g) {
+        a[joined + g] = V::load(from + g * lanes);
+        a[G + g] = V::load(from + (G + g) * lanes);
       }
       T* const c_row = c + b * c_stride + unit;
       state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
@@ -395,7 +436,7 @@ class Forward {
         store_first(y + r * y_stride + unit, state[0], valid);
         if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
       }
-    });
+    }
   }
 
   // h_t = W_hr m_t.

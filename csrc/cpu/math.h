@@ -90,7 +90,7 @@ FASTCELL_INLINE Vec<T> sigmoid(Vec<T> x) {
   const V least(ExpConstants<T>::exp_least), most(ExpConstants<T>::exp_most);
   const SplitExp<T> e = split_exp(max(least, min(most, -x)));  // NaN passes through
   // scale may be infinite, where the result is 0: so no sum of two infinities here.
-  return V(1) / (V(1) + e.scale * (V(1) + e.p));
+  return quotient(V(1), V(1) + e.scale * (V(1) + e.p));
 }
 
 template <class T>
@@ -102,7 +102,7 @@ FASTCELL_INLINE Vec<T> tanh(Vec<T> x) {
   y = y + y;
   const SplitExp<T> e = split_exp(min(limit, y));
   const V expm1 = fma(e.scale, e.p, e.scale - V(1));
-  const V magnitude = expm1 / (expm1 + V(2));
+  const V magnitude = quotient(expm1, expm1 + V(2));
   return V::from_bits(magnitude.bits() | sign);
 }
 

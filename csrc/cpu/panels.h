@@ -63,9 +63,11 @@ FASTCELL_INLINE void transpose(Vec<T> (&v)[Vec<T>::lanes]) {
 #endif
 }
 
-// From a weight matrix as torch stores it: source[gate * units + unit][k].
+// From a weight matrix as torch stores it: source[gate * units + unit][k]. A panel's gates begin
+// with `first_gate` and go round.
 template <class T>
-void pack_transposed(const Panels<T>& panels, const T* source, T* packed, Range which) {
+void pack_transposed(const Panels<T>& panels, const T* source, T* packed, Range which,
+                     int first_gate) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t depth = panels.depth;
@@ -74,9 +76,10 @@ void pack_transposed(const Panels<T>& panels, const T* source, T* packed, Range 
     for (int block = 0; block < panels.blocks(p); ++block) {
       const int64_t unit = panels.first_unit(p) + block * L;
       const int valid = int(panels.units - unit < L ? panels.units - unit : L);
-      for (int gate = 0; gate < panels.gates; ++gate) {
+      for (int slot = 0; slot < panels.gates; ++slot) {
+        const int gate = (first_gate + slot) % panels.gates;
         const T* rows = source + (gate * panels.units + unit) * depth;
-        T* to = packed + panels.offset(p) + (block * panels.gates + gate) * L;
+        T* to = packed + panels.offset(p) + (block * panels.gates + slot) * L;
         for (int64_t k = 0; k < depth; k += L) {
           const int count = int(depth - k < L ? depth - k : L);
           V square[L];

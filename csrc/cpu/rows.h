@@ -6,6 +6,15 @@
 
 namespace fastcell::FASTCELL_ISA {
 
+// Elements from one row of a state to the next: whole vectors, and rows of a large power of two
+// apart would all fall into the same few sets of a cache.
+template <class T>
+constexpr int64_t padded_row(int64_t features) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  const int64_t padded = (features + lanes - 1) / lanes * lanes;
+  return padded % (1024 / int64_t(sizeof(T))) == 0 ? padded + lanes : padded;
+}
+
 struct Row {
   int64_t t, b, r;  // r: index in time-major order
 };
@@ -45,6 +54,9 @@ struct Share {
     begin = range.begin;
     end = range.end;
   }
+
+  // How often for_each() will call.
+  int64_t panels() const { return begin < end ? (end - 1) / tiles - begin / tiles + 1 : 0; }
 
   // Every other step in the opposite order: what was used last is still in the nearest cache.
   template <class F>

@@ -15,6 +15,10 @@
 
 #include "../common/portable.h"
 
+namespace fastcell {
+extern bool estimate_quotients;  // see quotient(); set once, by what the CPU is
+}
+
 namespace fastcell::FASTCELL_ISA {
 
 #if defined(__AVX512F__)
@@ -130,6 +134,26 @@ struct Vec {
     }
   }
 };
+
+// a / b to within 0.6 ULP, for |b| from 2^-126 to infinity and quotients that are normal numbers (or 0,
+// of an infinite b); NaN of a NaN. Where dividing 16 floats takes 16 cycles (Intel; AMD: 3 to 10), by an
+// estimate of 14 bits and one correction with the remainder.
+template <class T>
+FASTCELL_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (__builtin_expect(estimate_quotients, 0)) {
+      const __m512 estimate = _mm512_maskz_rcp14_ps(__mmask16(-1), b.v);
+      const Vec<T> first = a * Vec<T>(estimate);
+      const Vec<T> remainder = fma(-b, first, a);
+      // Not where b is infinite: infinity times 0 is no remainder.
+      const __mmask16 finite = _mm512_cmp_ps_mask(b.v, Vec<T>(__builtin_inff()).v, _CMP_NEQ_UQ);
+      return Vec<T>(_mm512_maskz_fmadd_ps(finite, remainder.v, estimate, first.v));
+    }
+  }
+#endif
+  return a / b;
+}
 
 // The first n lanes from memory, zero behind them: the tail of a row whose length is no multiple
 // of a register. Nothing past p[n - 1] is touched.

@@ -13,6 +13,12 @@ def isa() -> str:
     Raises RuntimeError if ``FASTCELL_ISA`` names one that this build or this CPU lacks.
     """
 
+def estimate_quotients(wanted: bool | None = None) -> bool:
+    """Whether AVX-512 kernels divide by an estimate and a correction: where division is slow.
+
+    Returns what held before; ``wanted`` sets it, for all threads: for tests alone.
+    """
+
 def isas() -> list[str]:
     """The instruction sets that this build and this CPU have, lowest first."""
 
