@@ -150,7 +150,6 @@ class Forward {
     T* h[2][2];          // per direction, double-buffered: (B, padded output)
     T* c[2];             // per direction: (B, padded hidden) of the states behind h
     T* m[2];             // per direction: (B, padded hidden), before the projection
-    bool hoisted;        // the projections of a chunk of steps before the steps
     int64_t chunk;       // steps
     int64_t h_stride, c_stride;
 
@@ -162,18 +161,16 @@ class Forward {
       for (T*& p : layer_output) p = arena.take<T>(inner && !call.reserve ? time.rows * width : 0);
       dropped = arena.take<T>(call.masks ? time.rows * width : 0);
       const Panels<T> panels{G, s.hidden, 0};
-      const int64_t samples = time.steps > 0 ? time.rows / time.steps : 0;
-      hoisted = samples < kOwnProjection * call.schedule.batch_groups;
       // About half of a core's own cache, but enough rows to make the product worth its start.
       const int64_t step = time.batch * panels.count() * sums_width(panels);
       chunk = (int64_t(1) << 20) / int64_t(sizeof(T)) / (step > 0 ? step : 1);
       const int64_t least = (48 + time.batch - 1) / (time.batch > 0 ? time.batch : 1);
       if (chunk < least) chunk = least;
-      if (chunk > time.steps || !hoisted) chunk = time.steps;
+      if (chunk > time.steps) chunk = time.steps;
       h_stride = padded_row<T>(s.output);
       c_stride = padded_row<T>(s.hidden);
       for (int dir = 0; dir < s.directions; ++dir) {
-        sums[dir] = arena.take<T>(hoisted ? chunk * step : 0);
+        sums[dir] = arena.take<T>(chunk * step);  // the size must not depend on the schedule
         for (T*& p : h[dir]) p = arena.take<T>(time.batch * h_stride);
         c[dir] = arena.take<T>((Cell::states - 1) * time.batch * c_stride);
         m[dir] = arena.take<T>(s.projected ? time.batch * c_stride : 0);
@@ -224,7 +221,7 @@ class Forward {
   T* c;
   T* m;
   const int64_t h_stride, c_stride, chunk;
-  const bool hoisted;
+  const bool hoisted;  // the projections of a chunk of steps before the steps
   const T* initial[Cell::states];
   T* final_state[Cell::states];
 
@@ -246,7 +243,7 @@ class Forward {
         h_stride(buffers.h_stride),
         c_stride(buffers.c_stride),
         chunk(buffers.chunk),
-        hoisted(buffers.hoisted) {
+        hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
     saved = reserve ? reserve + layout.saved_at(s, layer, dir, time.rows) : nullptr;
@@ -265,8 +262,8 @@ class Forward {
     load_initial_states();
     place.sync();
     int current = 0;
-    for (int64_t done = 0; done < time.steps; done += chunk) {
-      const int64_t end = done + chunk < time.steps ? done + chunk : time.steps;
+    for (int64_t done = 0, end; done < time.steps; done = end) {
+      end = !hoisted || done + chunk > time.steps ? time.steps : done + chunk;
       const int64_t t0 = reverse ? time.steps - end : done;
       const int64_t t1 = reverse ? time.steps - done : end;
       sums_first = time.first(t0);
