@@ -43,12 +43,15 @@ std::vector<const void*> as_pointers(const std::vector<Pointer>& from) {
   return to;
 }
 
-Cell cell_named(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::kRnnTanh;
-  if (name == "rnn_relu") return Cell::kRnnRelu;
-  if (name == "lstm") return Cell::kLstm;
-  if (name == "gru") return Cell::kGru;
-  throw std::invalid_argument("cell must be rnn_tanh, rnn_relu, lstm or gru, got " + name);
+const CellKernels& kernels_named(const std::string& name, DType dtype) {
+  const Kernels& all = kernels();
+  std::string names;
+  for (int i = 0; i < all.cell_count; ++i) {
+    const CellKernels& cell = all.cells[int(dtype)][i];
+    if (name == cell.name) return cell;
+    names += std::string(i ? ", " : "") + cell.name;
+  }
+  throw std::invalid_argument("cell must be one of " + names + ", got " + name);
 }
 
 // Large fresh buffers are faulted in page by page; huge pages make that, and the TLB's work, cheap.
@@ -69,8 +72,7 @@ class BoundStack {
  public:
   BoundStack(const std::string& cell, bool float64, int64_t input, int64_t hidden, int64_t proj,
              int layers, int directions, bool bias)
-      : stack_{cell_named(cell),
-               float64 ? DType::kFloat64 : DType::kFloat32,
+      : stack_{float64 ? DType::kFloat64 : DType::kFloat32,
                input,
                hidden,
                proj > 0 ? proj : hidden,
@@ -78,7 +80,7 @@ class BoundStack {
                bias,
                layers,
                directions},
-        kernels_(kernels().cells[int(stack_.dtype)][int(stack_.cell)]) {
+        kernels_(kernels_named(cell, stack_.dtype)) {
     if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");

@@ -41,16 +41,25 @@ def dtypes(result):
 def test_dtypes_of_results_and_gradients(name, dtype):
     ours, theirs = twins(name, 3, 4)
     x = torch.randn(shapes(name)[0], requires_grad=True)
-    found = []
-    for module in (ours, theirs):
+
+    def found(module):
         with autocast(dtype):
             result = module(x)
         value = sum(t.float().square().sum() for t in tensors(result))
         grads = torch.autograd.grad(value, [x, *module.parameters()])
-        found.append(dtypes(result) + dtypes(grads))
-    assert found[0] == found[1]
-    assert found[0][0] is (dtype if name in NARROWED else torch.float32)
-    assert set(found[0][-2:]) == {torch.float32}
+        return dtypes(result) + dtypes(grads)
+
+    mine = found(ours)
+    assert mine[0] is (dtype if name in NARROWED else torch.float32)
+    assert set(mine[-2:]) == {torch.float32}
+    try:
+        expected = found(theirs)
+    except RuntimeError as error:
+        # torch.nn.LSTM has float16, and on older CPUs bfloat16, only where oneDNN has it.
+        if "primitive" not in str(error):
+            raise
+        pytest.skip(f"torch.nn.{name} has no {dtype} on this CPU")
+    assert mine == expected
 
 
 @pytest.mark.parametrize("name", EVERY)

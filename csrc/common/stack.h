@@ -13,15 +13,11 @@ namespace fastcell {
 
 constexpr int kMaxStates = 2;
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru };
-constexpr int kCells = 4;
-
 enum class DType { kFloat32, kFloat64 };
 constexpr int kDTypes = 2;
 
 // A stack of recurrent layers, as its constructor describes it.
 struct Stack {
-  Cell cell;
   DType dtype;
   int64_t input;   // features of x_t
   int64_t hidden;  // hidden units

@@ -8,6 +8,7 @@ namespace fastcell {
 
 // The kernels of one cell at one dtype.
 struct CellKernels {
+  const char* name;
   int saved;  // values kept per hidden unit and row for the backward call
   int states;
   int gates;
@@ -22,7 +23,8 @@ struct CellKernels {
 
 struct Kernels {
   const char* isa;
-  CellKernels cells[kDTypes][kCells];
+  int cell_count;
+  const CellKernels* cells[kDTypes];
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);

@@ -14,9 +14,10 @@ namespace fastcell::FASTCELL_ISA {
 namespace {
 
 template <class T, template <class> class CellOf>
-constexpr CellKernels kernels_of() {
+constexpr CellKernels kernels_of(const char* name) {
   using Cell = CellOf<Vec<T>>;
-  return {Cell::saved,
+  return {name,
+          Cell::saved,
           Cell::states,
           Cell::gates,
           Vec<T>::lanes,
@@ -53,16 +54,22 @@ void sigmoid_array(DType dtype, const void* x, void* y, int64_t count) {
   map_array(dtype, x, y, count, [](auto v) { return sigmoid(v); });
 }
 
+// One line per cell.
+template <class T>
+constexpr CellKernels cells_of[] = {
+    kernels_of<T, cells::RnnTanh>("rnn_tanh"),
+    kernels_of<T, cells::RnnRelu>("rnn_relu"),
+    kernels_of<T, cells::Lstm>("lstm"),
+    kernels_of<T, cells::Gru>("gru"),
+};
+
 }  // namespace
 
-// One line per cell, in the order of enum Cell.
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
-    {{kernels_of<float, cells::RnnTanh>(), kernels_of<float, cells::RnnRelu>(),
-      kernels_of<float, cells::Lstm>(), kernels_of<float, cells::Gru>()},
-     {kernels_of<double, cells::RnnTanh>(), kernels_of<double, cells::RnnRelu>(),
-      kernels_of<double, cells::Lstm>(), kernels_of<double, cells::Gru>()}},
+    int(sizeof cells_of<float> / sizeof *cells_of<float>),
+    {cells_of<float>, cells_of<double>},
     tanh_array,
     sigmoid_array,
     run_fma,
