@@ -1,14 +1,38 @@
 // The backward engine: backpropagation through time for any cell.
 //
-// Per layer, from the last: the time loop, each step a product of the later step's gate gradients
-// with the recurrent weights and the cell's pointwise backward maths on that tile; after it, the
-// gradients of the layer's input and weights as products over the whole sequence.
+// Per layer, from the last, a chunk of steps at a time: the time loop, each step a product of the later
+// step's gate gradients with the recurrent weights and the cell's pointwise backward maths on that
+// tile; then what the chunk adds to the gradients of the layer's input and weights, as products over
+// all its rows, while its gate gradients are in cache. Nothing as long as the sequence is written but
+// the gradients of the inputs.
 #pragma once
 
 #include "math.h"
 #include "products.h"
 
 namespace fastcell::FASTCELL_ISA {
+
+// How the backward pass cuts time: chunks of blocks of steps. A block is what one chain of the weights'
+// gradients sums, so it depends on the sizes alone; a chunk has enough rows for every thread.
+struct Chunks {
+  int64_t block_steps, steps, count;
+
+  FASTCELL_INLINE Chunks(const Timeline& time, int64_t rows_per_block, int threads) {
+    const int64_t blocks = (time.rows + rows_per_block - 1) / rows_per_block;
+    block_steps = (time.steps + blocks - 1) / blocks;
+    const int64_t rows = block_steps * ((time.rows + time.steps - 1) / time.steps);
+    steps = block_steps * ((96 * threads + rows - 1) / rows);
+    if (steps > time.steps) steps = time.steps;
+    count = (time.steps + steps - 1) / steps;
+  }
+
+  FASTCELL_INLINE Range steps_of(const Timeline& time, int64_t chunk) const {
+    const int64_t end = (chunk + 1) * steps;
+    return {chunk * steps, end < time.steps ? end : time.steps};
+  }
+  // The most rows of a chunk: the first one's, since no step has more samples than the one before.
+  FASTCELL_INLINE int64_t rows(const Timeline& time) const { return time.first(steps); }
+};
 
 template <class T, template <class> class CellOf>
 class Backward {
@@ -37,45 +61,57 @@ class Backward {
   static constexpr int lanes = V::lanes;
 
   struct Buffers {
-    T* d_gates[2];    // per direction: (rows, (G + A) hidden)
-    T* d_output[2];   // per direction, projected: (rows, output), the gradient of h_t
+    Chunks chunks;
+    // Per direction, of two chunks in turn, since a chunk's last step is the next one's later step:
+    T* d_gates[2][2];   // (rows, (G + A) hidden)
+    T* d_output[2][2];  // projected: (rows, output), the gradient of h_t
     T* d_h[2];        // per direction: (B, padded output), carried from step to step
     T* d_c[2];        // per direction: (B, padded hidden)
     T* h_weights[2];  // W_hh as panels over h_{t-1}
     T* r_weights[2];  // W_hr as panels over m_t
-    T* x_weights;     // W_ih as panels over x_t
+    T* x_weights[2];  // W_ih as panels over x_t
     T* d_layer[2];    // gradient of an inner layer's output
     T* dropped;       // an inner layer's output after dropout, made anew
     T* zeros;         // a row of zeros, where no initial state was given
+    T* rows;          // scratch of multiply_rows
     int64_t d_h_stride, d_c_stride;
     typename WeightGradient<T>::Buffers product;
 
     Buffers(const BackwardCall& call, int threads, Arena& arena)
-        : product(widest(call.stack), call.time.rows, threads, arena) {
+        : chunks(call.time, WeightGradient<T>::kRowsPerBlock, threads),
+          product(widest(call.stack), call.stack.output, call.time.rows, threads, arena) {
       const Stack& s = call.stack;
       const int64_t rows = call.time.rows, batch = call.time.batch;
+      const int64_t chunk_rows = chunks.rows(call.time);
       d_h_stride = padded_row<T>(s.output);
       d_c_stride = padded_row<T>(s.hidden);
       for (int dir = 0; dir < s.directions; ++dir) {
-        d_gates[dir] = arena.take<T>(rows * (G + A) * s.hidden);
-        d_output[dir] = arena.take<T>(s.projected ? rows * s.output : 0);
+        for (int i = 0; i < 2; ++i) {
+          const int64_t kept = i < chunks.count ? chunk_rows : 0;
+          d_gates[dir][i] = arena.take<T>(kept * (G + A) * s.hidden);
+          d_output[dir][i] = arena.take<T>(s.projected ? kept * s.output : 0);
+        }
         d_h[dir] = arena.take<T>(batch * d_h_stride);
         d_c[dir] = arena.take<T>((Cell::states - 1) * batch * d_c_stride);
         h_weights[dir] = arena.take<T>(Panels<T>{1, s.output, G * s.hidden}.size());
         r_weights[dir] = arena.take<T>(s.projected ? Panels<T>{1, s.hidden, s.output}.size() : 0);
+        x_weights[dir] = arena.take<T>(Panels<T>{1, widest_input(s), G * s.hidden}.size());
       }
-      x_weights = arena.take<T>(Panels<T>{1, widest(s), G * s.hidden}.size());
+      const Panels<T> over_x{1, widest_input(s), 0};
+      this->rows = arena.take<T>(s.directions > 1 ? threads * kRowBlock * over_x.padded_units() : 0);
       const int64_t inner = s.layers > 1 ? rows * s.directions * s.output : 0;
       for (T*& p : d_layer) p = arena.take<T>(inner);
       dropped = arena.take<T>(call.masks ? inner : 0);
       zeros = arena.take<T>(s.output + lanes);
     }
 
-    static int64_t widest(const Stack& s) {
+    static int64_t widest_input(const Stack& s) {
       const int64_t inner = s.layers > 1 ? s.directions * s.output : 0;
-      int64_t widest = s.input > inner ? s.input : inner;
-      if (s.hidden > widest) widest = s.hidden;
-      return widest;
+      return s.input > inner ? s.input : inner;
+    }
+    static int64_t widest(const Stack& s) {
+      const int64_t input = widest_input(s);
+      return s.projected && s.hidden > input ? s.hidden : input;
     }
   };
 
@@ -94,8 +130,8 @@ class Backward {
     const T* initial[Cell::states];
     const T* d_final[Cell::states];
     T* d_initial[Cell::states];
-    T* d_gates;
-    T* d_output;
+    T* const (&d_gates)[2];
+    T* const (&d_output)[2];
     T* d_h;
     T* d_c;
     const T* h_weights;
@@ -104,7 +140,14 @@ class Backward {
     Panels<T> over_m;  // columns m_t, projected only
 
     static constexpr int64_t width(const Stack& s) { return (G + A) * s.hidden; }
-    T* d_gates_row(int64_t r) const { return d_gates + r * width(s); }
+    // The rows of step t, in the buffer of its chunk.
+    T* of_step(T* const (&chunks)[2], int64_t t, int64_t width) const {
+      const int64_t chunk = t / buffers.chunks.steps;
+      const int64_t rows = time.first(t) - time.first(chunk * buffers.chunks.steps);
+      return chunks[chunk % 2] + rows * width;
+    }
+    T* d_gates_of(int64_t t) const { return of_step(d_gates, t, width(s)); }
+    T* d_output_of(int64_t t) const { return of_step(d_output, t, s.output); }
 
     // The step whose gradients were computed just before those of t.
     int64_t later(int64_t t) const { return reverse ? t - 1 : t + 1; }
@@ -123,16 +166,22 @@ class Backward {
       return initial[0] ? initial[0] + b * s.output : buffers.zeros;
     }
 
-    void run() {
+    void begin() {
       load_final_gradients();
       place.sync();
-      for (int64_t i = 0; i < time.steps; ++i) {
-        const int64_t t = reverse ? i : time.steps - 1 - i;
+    }
+
+    void run_steps(Range steps) {
+      for (int64_t i = 0; i < steps.end - steps.begin; ++i) {
+        const int64_t t = reverse ? steps.begin + i : steps.end - 1 - i;
         // Samples whose run began at the later step: nothing of t reaches them.
         if (reverse && t > 0) begin_gradients(t - 1, time.alive(t), time.alive(t - 1));
         step(t, i % 2 != 0);
         place.sync();
       }
+    }
+
+    void end() {
       const int64_t first = reverse ? time.steps - 1 : 0;
       begin_gradients(first, 0, time.alive(first));
       place.sync();
@@ -160,7 +209,7 @@ class Backward {
     }
 
     // d_h of samples [b, b + n): what is carried directly, plus d_gates(later) W_hh.
-    FASTCELL_INLINE void recurrent_product(int64_t p, int64_t later_first, int64_t b, int n,
+    FASTCELL_INLINE void recurrent_product(int64_t p, const T* d_gates_later, int64_t b, int n,
                                            T* block) const {
       const int vectors = over_h.vectors(p);
       const int64_t unit = over_h.first_unit(p);
@@ -168,7 +217,7 @@ class Backward {
       const T* a_apart[kRowBlock];
       T* to[kRowBlock];
       for (int i = 0; i < n; ++i) {
-        a[i] = d_gates_row(later_first + b + i);
+        a[i] = d_gates_later + (b + i) * width(s);
         a_apart[i] = a[i] + G * s.hidden;
         to[i] = block + i * vectors * lanes;
       }
@@ -193,7 +242,9 @@ class Backward {
     void step(int64_t t, bool backwards) {
       const int64_t alive = time.alive(t), first = time.first(t);
       const int64_t next = continuing(t);
-      const int64_t later_first = next > 0 ? time.first(later(t)) : 0;
+      const T* const d_gates_later = next > 0 ? d_gates_of(later(t)) : nullptr;
+      T* const d_gates_now = d_gates_of(t);
+      T* const d_output_now = s.projected ? d_output_of(t) : nullptr;
       share(over_h).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b1 > alive) b1 = alive;
         const int vectors = over_h.vectors(p);
@@ -203,7 +254,7 @@ class Backward {
           const int64_t end = b < next && next < b1 ? next : b1;
           n = int(end - b < kRowBlock ? end - b : kRowBlock);
           if (b < next) {
-            recurrent_product(p, later_first, b, n, block);
+            recurrent_product(p, d_gates_later, b, n, block);
           } else {
             for (int i = 0; i < n; ++i) {
               std::memcpy(block + i * vectors * lanes,
@@ -216,10 +267,10 @@ class Backward {
             add_output_gradient(p, t, b + i, first + b + i, d_h_row);
             if (s.projected) {
               const int64_t unit = over_h.first_unit(p), left = s.output - unit;
-              std::memcpy(d_output + (first + b + i) * s.output + unit, d_h_row,
+              std::memcpy(d_output_now + (b + i) * s.output + unit, d_h_row,
                           (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
             } else {
-              finish_row(over_h, p, d_h_row, t, b + i, first + b + i);
+              finish_row(over_h, p, d_h_row, t, b + i, first + b + i, d_gates_now);
             }
           }
         }
@@ -236,12 +287,14 @@ class Backward {
           const T* a[kRowBlock];
           T* to[kRowBlock];
           for (int i = 0; i < n; ++i) {
-            a[i] = d_output + (first + b + i) * s.output;
+            a[i] = d_output_now + (b + i) * s.output;
             to[i] = block + i * vectors * lanes;
           }
           multiply_panel<T>(a, to, n, r_weights + over_m.offset(p), vectors, over_m.depth, lanes,
                             zeros);
-          for (int i = 0; i < n; ++i) finish_row(over_m, p, to[i], t, b + i, first + b + i);
+          for (int i = 0; i < n; ++i) {
+            finish_row(over_m, p, to[i], t, b + i, first + b + i, d_gates_now);
+          }
         }
       });
     }
@@ -261,7 +314,7 @@ class Backward {
 
     // The cell's backward maths for one sample and one panel of hidden units.
     FASTCELL_INLINE void finish_row(const Panels<T>& panels, int64_t p, const T* d_h_row, int64_t t,
-                                    int64_t b, int64_t r) {
+                                    int64_t b, int64_t r, T* d_gates_now) {
       for (int v = 0; v < panels.vectors(p); ++v) {
         const int64_t unit = panels.first_unit(p) + v * lanes;
         const int valid = s.hidden - unit < lanes ? int(s.hidden - unit) : lanes;
@@ -284,7 +337,7 @@ class Backward {
         }
         Cell::backward(keep, before, after, d_state, d_a);
         for (int g = 0; g < G + A; ++g) {
-          store_first(d_gates_row(r) + g * s.hidden + unit, d_a[g], valid);
+          store_first(d_gates_now + b * width(s) + g * s.hidden + unit, d_a[g], valid);
         }
         if constexpr (Cell::direct) d_state[0].store(d_h + b * buffers.d_h_stride + unit);
         if constexpr (Cell::states > 1) d_state[1].store(d_c + b * buffers.d_c_stride + unit);
@@ -310,7 +363,7 @@ class Backward {
         alignas(64) T block[kRowBlock * kMaxVectors * lanes];
         for (int64_t b = b0; b < b1; b += kRowBlock) {
           const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
-          recurrent_product(p, time.first(t), b, n, block);
+          recurrent_product(p, d_gates_of(t), b, n, block);
           for (int i = 0; i < n; ++i) {
             std::memcpy(d_initial[0] + (b + i) * s.output + unit, block + i * vectors * lanes,
                         (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
@@ -342,6 +395,7 @@ class Backward {
     const int64_t out_width;
     const ReserveLayout layout;
     const T* const reserve;
+    int half = 0;  // of WeightGradient's buffer
 
     Layer(const BackwardCall& call, const Buffers& buffers, const Team& team, const Place& place,
           int layer)
@@ -381,15 +435,30 @@ class Backward {
     void run() {
       if (!input_gradient() && !anything_here()) return;
       pack();
+      const RowMap<const T> x = layer_input();
       team.sync();
+      Direction directions[] = {direction(0), direction(s.directions - 1)};
+      const auto mine = [&](int dir) { return dir % place.directions == place.direction_group; };
       for (int dir = 0; dir < s.directions; ++dir) {
-        if (dir % place.directions == place.direction_group) direction(dir).run();
+        if (mine(dir)) directions[dir].begin();
+      }
+      const int64_t count = buffers.chunks.count;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t chunk_of[] = {count - 1 - i, i};
+        for (int dir = 0; dir < s.directions; ++dir) {
+          if (mine(dir)) directions[dir].run_steps(buffers.chunks.steps_of(time, chunk_of[dir]));
+        }
+        team.sync();
+        for (int dir = 0; dir < s.directions; ++dir) {
+          if (input_gradient()) gradient_of_input(dir, directions[dir], chunk_of[dir]);
+          gradients_of_weights(dir, directions[dir], chunk_of[dir], x, i == 0);
+        }
+      }
+      for (int dir = 0; dir < s.directions; ++dir) {
+        if (mine(dir)) directions[dir].end();
       }
       team.sync();
-      if (input_gradient()) gradient_of_input();
-      const RowMap<const T> x = layer_input();
-      for (int dir = 0; dir < s.directions; ++dir) gradients_of_weights(dir, x);
-      team.sync();
+      if (input_gradient()) mask_input_gradient();
     }
 
     bool anything_here() const {
@@ -408,6 +477,13 @@ class Backward {
           pack_rows(
               over_h, [&](int64_t k) { return w_hh + k * s.output; }, buffers.h_weights[dir],
               part(over_h.count(), team.index, team.size));
+        }
+        if (input_gradient()) {
+          const Panels<T> over_x{1, s.layer_input(layer), G * s.hidden};
+          const T* w_ih = weight(dir, 0);
+          pack_rows(
+              over_x, [&](int64_t k) { return w_ih + k * over_x.units; }, buffers.x_weights[dir],
+              part(over_x.count(), team.index, team.size));
         }
         if (s.projected) {
           const Panels<T> over_m{1, s.hidden, s.output};
@@ -472,29 +548,29 @@ class Backward {
       return static_cast<const T*>(call.masks) + (layer - 1) * time.rows * out_width;
     }
 
-    void gradient_of_input() const {
+    void gradient_of_input(int dir, const Direction& d, int64_t chunk) const {
+      const Range steps = buffers.chunks.steps_of(time, chunk);
+      const Range rows{time.first(steps.begin), time.first(steps.end)};
       const RowMap<T> to = input_gradient_rows();
-      const Panels<T> panels{1, s.layer_input(layer), G * s.hidden};
-      const int64_t batch = time.batch;
-      for (int dir = 0; dir < s.directions; ++dir) {
-        const T* w_ih = weight(dir, 0);
-        if (dir > 0) team.sync();
-        pack_rows(
-            panels, [&](int64_t k) { return w_ih + k * panels.units; }, buffers.x_weights,
-            part(panels.count(), team.index, team.size));
-        team.sync();
-        const T* d_gates = buffers.d_gates[dir];
-        multiply_rows(
-            panels, buffers.x_weights, time.rows,
-            [&](int64_t r) { return d_gates + r * Direction::width(s); },
-            [&](int64_t r) { return to.packed ? to.at(0, 0, r) : to.at(r / batch, r % batch, r); },
-            dir > 0, team);
-      }
+      const int64_t batch = time.batch, width = Direction::width(s);
+      const T* d_gates = d.d_gates_of(steps.begin);
+      // The other direction comes through the chunks the other way round: who comes second, adds.
+      const int64_t last = buffers.chunks.count - 1;
+      const bool add = s.directions > 1 && (dir == 0 ? chunk < last - chunk : chunk >= last - chunk);
+      multiply_rows(
+          Panels<T>{1, s.layer_input(layer), G * s.hidden}, buffers.x_weights[dir], rows,
+          [&](int64_t r) { return d_gates + (r - rows.begin) * width; },
+          [&](int64_t r) { return to.packed ? to.at(0, 0, r) : to.at(r / batch, r % batch, r); },
+          add, buffers.rows, team);
+    }
+
+    void mask_input_gradient() const {
       const T* m = mask();
       if (!m) return;
-      team.sync();
+      const RowMap<T> to = input_gradient_rows();
       const Range range = part(time.rows * out_width, team.index, team.size);
       for (int64_t i = range.begin; i < range.end; ++i) to.base[i] *= m[i];
+      team.sync();
     }
 
     RowMap<const T> layer_input() const {
@@ -511,52 +587,68 @@ class Backward {
       return {input, 0, out_width, true};
     }
 
-    void gradients_of_weights(int dir, const RowMap<const T>& x) const {
-      const Direction d = direction(dir);
-      const int64_t width = Direction::width(s);
-      const int64_t n_x = s.layer_input(layer);
-      if (T* to = d_weight(dir, 0)) {
-        WeightGradient<T>::run(
-            d.d_gates, width, G * s.hidden, time,
-            [&](int64_t t, int64_t b, int64_t r) { return x.at(t, b, r); }, n_x, to,
-            buffers.product, team);
+    // What one chunk adds, block by block, in the order of the time loop.
+    void gradients_of_weights(int dir, const Direction& d, int64_t chunk, const RowMap<const T>& x,
+                              bool begin) {
+      const Range steps = buffers.chunks.steps_of(time, chunk);
+      const int64_t each = buffers.chunks.block_steps;
+      const int64_t count = (steps.end - steps.begin + each - 1) / each;
+      for (int64_t i = 0; i < count; ++i, begin = false) {
+        const int64_t t0 = steps.begin + (d.reverse ? i : count - 1 - i) * each;
+        const int64_t t1 = t0 + each < steps.end ? t0 + each : steps.end;
+        block_gradients(dir, d, {t0, t1}, x, begin);
       }
-      if (T* to = d_weight(dir, 1)) {
-        const auto h_before = [&](int64_t t, int64_t b, int64_t) { return d.h_before(t, b); };
-        WeightGradient<T>::run(d.d_gates, width, joined * s.hidden, time, h_before, s.output, to,
-                               buffers.product, team);
-        if constexpr (A > 0) {
-          WeightGradient<T>::run(d.d_gates + G * s.hidden, width, A * s.hidden, time, h_before,
-                                 s.output, to + joined * s.hidden * s.output, buffers.product,
-                                 team);
-        }
-      }
-      if (s.projected) {
-        if (T* to = d_weight(dir, s.weights_each() - 1)) {
-          const T* m = reserve + layout.cell_output_at(s, layer, dir, time.rows);
-          WeightGradient<T>::run(
-              d.d_output, s.output, s.output, time,
-              [&](int64_t, int64_t, int64_t r) { return m + r * s.hidden; }, s.hidden, to,
-              buffers.product, team);
-        }
-      }
-      if (s.bias) bias_gradients(dir, d);
     }
 
-    void bias_gradients(int dir, const Direction& d) const {
+    void block_gradients(int dir, const Direction& d, Range steps, const RowMap<const T>& x,
+                         bool begin) {
+      using Gradient = WeightGradient<T>;
+      const Range rows{time.first(steps.begin), time.first(steps.end)};
+      const int64_t width = Direction::width(s), H = s.hidden;
+      const T* d_gates = d.d_gates_of(steps.begin);
+      const auto x_row = [&](int64_t t, int64_t b, int64_t r) { return x.at(t, b, r); };
+      const auto h_row = [&](int64_t t, int64_t b, int64_t) { return d.h_before(t, b); };
+      const typename Gradient::template Features<decltype(x_row)> of_x{x_row, s.layer_input(layer)};
+      const typename Gradient::template Features<decltype(h_row)> of_h{h_row, s.output};
+      T* const d_ih = d_weight(dir, 0);
+      T* const d_hh = d_weight(dir, 1);
+      if constexpr (A == 0) {
+        const typename Gradient::Part parts[] = {{0, G * H, d_ih, d_hh}};
+        Gradient::run(d_gates, width, time, rows, of_x, of_h, parts, begin, half, buffers.product,
+                      team);
+      } else {
+        const typename Gradient::Part parts[] = {
+            {0, joined * H, d_ih, d_hh},
+            {joined * H, A * H, d_ih ? d_ih + joined * H * of_x.n : nullptr, nullptr},
+            {G * H, A * H, nullptr, d_hh ? d_hh + joined * H * of_h.n : nullptr}};
+        Gradient::run(d_gates, width, time, rows, of_x, of_h, parts, begin, half, buffers.product,
+                      team);
+      }
+      if (s.projected) {
+        const T* m = reserve + layout.cell_output_at(s, layer, dir, time.rows);
+        const auto m_row = [&](int64_t, int64_t, int64_t r) { return m + r * H; };
+        const typename Gradient::template Features<decltype(m_row)> of_m{m_row, H};
+        const typename Gradient::Part parts[] = {
+            {0, s.output, d_weight(dir, s.weights_each() - 1), nullptr}};
+        Gradient::run(d.d_output_of(steps.begin), s.output, time, rows, of_m, of_h, parts, begin,
+                      half, buffers.product, team);
+      }
+      if (s.bias) bias_gradients(dir, d_gates, rows.end - rows.begin, begin);
+    }
+
+    void bias_gradients(int dir, const T* d_gates, int64_t rows, bool begin) const {
       T* const d_b_ih = d_weight(dir, 2);
       T* const d_b_hh = d_weight(dir, 3);
       const int64_t width = Direction::width(s), H = s.hidden;
-      const Range all = part(G * H, team.index, team.size);
-      if (d_b_ih) {
-        sum_columns(d.d_gates, width, time.rows, all.begin, all.end, d_b_ih + all.begin);
-      }
+      const auto sum = [&](int64_t column, int64_t count, T* to) {
+        const Range mine = part(count, team.index, team.size);
+        sum_columns(d_gates, width, rows, column + mine.begin, column + mine.end, !begin,
+                    to + mine.begin);
+      };
+      if (d_b_ih) sum(0, G * H, d_b_ih);
       if (d_b_hh) {
-        const Range shared = part(joined * H, team.index, team.size);
-        sum_columns(d.d_gates, width, time.rows, shared.begin, shared.end, d_b_hh + shared.begin);
-        const Range apart = part(A * H, team.index, team.size);
-        sum_columns(d.d_gates, width, time.rows, G * H + apart.begin, G * H + apart.end,
-                    d_b_hh + joined * H + apart.begin);
+        sum(0, joined * H, d_b_hh);
+        if (A > 0) sum(G * H, A * H, d_b_hh + joined * H);
       }
     }
   };

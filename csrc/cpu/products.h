@@ -6,22 +6,28 @@
 namespace fastcell::FASTCELL_ISA {
 
 // d_x rows = d_gates rows times W_ih: rows x (K = gates) x (N = input features), `panels` packed
-// with pack_rows. With `accumulate` the chains go on from what c holds.
+// with pack_rows. With `add` the result is added to what c holds: a chain of its own, so that it does
+// not matter which of two directions comes first.
 //
 // Blocks of rows outermost, then blocks of k: the weights stream past once per block of rows, while
-// the block's part of `a` and its sums stay in a core's own cache.
+// the block's part of `a` and its sums stay in a core's own cache. `scratch`: kRowBlock rows of
+// panels.padded_units() for each thread, used where there is something to add to.
 template <class T, class ARow, class CRow>
-void multiply_rows(const Panels<T>& panels, const T* packed, int64_t rows, ARow a_row, CRow c_row,
-                   bool accumulate, const Team& team) {
+void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_row, CRow c_row,
+                   bool add, T* scratch, const Team& team) {
   using V = Vec<T>;
   constexpr int64_t kDepthBlock = 128;
   // Few rows: the columns are shared out instead.
-  const bool by_rows = rows >= 48 * team.size;
-  const Range mine = by_rows ? part(rows, team.index, team.size) : Range{0, rows};
+  const bool by_rows = rows.end - rows.begin >= 48 * team.size;
+  const Range share = part(rows.end - rows.begin, team.index, team.size);
+  const Range mine =
+      by_rows ? Range{rows.begin + share.begin, rows.begin + share.end} : rows;
   const Range columns =
       by_rows ? Range{0, panels.count()} : part(panels.count(), team.index, team.size);
   alignas(64) T zeros[kMaxVectors * V::lanes] = {};
   alignas(64) T block[kRowBlock * kMaxVectors * V::lanes];
+  const int64_t stride = panels.padded_units();
+  scratch += team.index * kRowBlock * stride;
 
   for (int64_t m0 = mine.begin; m0 < mine.end; m0 += kRowBlock) {
     const int n = int(mine.end - m0 < kRowBlock ? mine.end - m0 : kRowBlock);
@@ -29,40 +35,46 @@ void multiply_rows(const Panels<T>& panels, const T* packed, int64_t rows, ARow 
     T* rows_of_c[kRowBlock];
     for (int i = 0; i < n; ++i) {
       a[i] = a_row(m0 + i);
-      rows_of_c[i] = c_row(m0 + i);
+      rows_of_c[i] = add ? scratch + i * stride : c_row(m0 + i);
     }
     for (int64_t k0 = 0; k0 < panels.depth; k0 += kDepthBlock) {
       const int64_t depth = panels.depth - k0 < kDepthBlock ? panels.depth - k0 : kDepthBlock;
-      const bool begin = k0 == 0 && !accumulate;
       for (int64_t p = columns.begin; p < columns.end; ++p) {
         const int vectors = panels.vectors(p);
         const int64_t unit = panels.first_unit(p);
-        const bool full = panels.full(p);
+        const bool whole = add || panels.full(p);  // scratch has room for the padding
         const int64_t bytes = (panels.units - unit) * int64_t(sizeof(T));
         const T* a_block[kRowBlock];
         T* c[kRowBlock];
         for (int i = 0; i < n; ++i) {
           a_block[i] = a[i] + k0;
-          c[i] = full ? rows_of_c[i] + unit : block + i * vectors * V::lanes;
-          if (!full && !begin) std::memcpy(c[i], rows_of_c[i] + unit, bytes);
+          c[i] = whole ? rows_of_c[i] + unit : block + i * vectors * V::lanes;
+          if (!whole && k0 > 0) std::memcpy(c[i], rows_of_c[i] + unit, bytes);
         }
         multiply_panel<T>(a_block, c, n, packed + panels.offset(p) + k0 * vectors * V::lanes,
-                          vectors, depth, V::lanes, begin ? zeros : nullptr);
-        if (full) continue;
+                          vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr);
+        if (whole) continue;
         for (int i = 0; i < n; ++i) std::memcpy(rows_of_c[i] + unit, c[i], bytes);
       }
+    }
+    if (!add || columns.begin == columns.end) continue;
+    const int64_t first = panels.first_unit(columns.begin);
+    const int64_t last = columns.end < panels.count() ? panels.first_unit(columns.end) : panels.units;
+    for (int i = 0; i < n; ++i) {
+      T* const to = c_row(m0 + i);
+      for (int64_t j = first; j < last; ++j) to[j] += rows_of_c[i][j];
     }
   }
 }
 
-// d_W[m][n] = sum over rows r of a[r][m] b[r][n]: M = gates, N = features. Each block of
-// kRowsPerBlock rows is a chain of its own, begun at zero; the blocks' sums are added in order: the
-// error grows with the length of a block and the number of blocks, not with the number of rows, and
-// the bits do not depend on the number of threads. The team shares out M.
+// Gradients of the weights: d_W[m][n] = sum over rows r of a[r][m] b[r][n], with M gates and N
+// features, of the input's weights (b = x) and the recurrent ones (b = h_{t-1}) together, since they
+// share `a`. Each block of kRowsPerBlock rows is a chain of its own, begun at zero; the blocks' sums
+// are added in order: the error grows with the length of a block and the number of blocks, not with
+// the number of rows, and the bits do not depend on the number of threads. The team shares out M.
 template <class T>
 class WeightGradient {
   using V = Vec<T>;
-  static constexpr int64_t kRowsPerBlock = 512;
   static constexpr int kVectors = 2;  // narrow panels of b stay in the nearest cache
   static constexpr int kRows = tile_rows(kVectors);
   static constexpr int kColumns = kVectors * V::lanes;
@@ -71,52 +83,86 @@ class WeightGradient {
   static int64_t panel_count(int64_t n) { return (n + kColumns - 1) / kColumns; }
 
  public:
+  static constexpr int64_t kRowsPerBlock = 512;
+
   struct Buffers {
     T* b;     // shared by the team: two blocks of rows, so that one barrier per block is enough
     T* a[1];  // per thread
     int64_t a_stride;
     int64_t b_stride;
 
-    Buffers(int64_t max_n, int64_t rows, int threads, Arena& arena) {
+    // max_x, max_h: the most features of either kind of b.
+    Buffers(int64_t max_x, int64_t max_h, int64_t rows, int threads, Arena& arena) {
       const int64_t depth = rows < kRowsPerBlock ? rows : kRowsPerBlock;
-      b_stride = panel_count(max_n) * kColumns * depth;
+      b_stride = (panel_count(max_x) + panel_count(max_h)) * kColumns * depth;
       a_stride = ((kMBlock + kRows - 1) / kRows) * kRows * depth;
       b = arena.take<T>(2 * b_stride);
       a[0] = arena.take<T>(a_stride * threads);
     }
   };
 
-  // a: rows of `a_stride` elements; columns [a_column, a_column + m). b_row(walker) -> row pointer,
-  // called with rows in order.
-  template <class BRow>
-  static void run(const T* a, int64_t a_stride, int64_t m, const Timeline& time, BRow b_row,
-                  int64_t n, T* d_w, const Buffers& buffers, const Team& team) {
-    const int64_t rows = time.rows;
-    const int64_t tiles = (m + kRows - 1) / kRows;
-    const Range mine = part(tiles, team.index, team.size);
-    const int64_t panels = panel_count(n);
-    const Range pack = part(panels, team.index, team.size);
+  // One kind of b: `n` features, row(t, b, r) is called with rows in order.
+  template <class Row>
+  struct Features {
+    Row row;
+    int64_t n;
+  };
+
+  // Columns [column, column + m) of `a`, and where their gradients go (null: not asked for).
+  struct Part {
+    int64_t column, m;
+    T* d_x;
+    T* d_h;
+  };
+
+  // rows: of the timeline; a's row r lies at a + (r - rows.begin) * a_stride. With `begin` gradients
+  // are written, else added to. `half` alternates from block to block and from call to call.
+  template <class XRow, class HRow, int N>
+  static void run(const T* a, int64_t a_stride, const Timeline& time, Range rows,
+                  const Features<XRow>& x, const Features<HRow>& h, const Part (&parts)[N],
+                  bool begin, int& half, const Buffers& buffers, const Team& team) {
+    bool any_x = false, any_h = false;
+    for (const Part& part : parts) {
+      any_x = any_x || part.d_x;
+      any_h = any_h || part.d_h;
+    }
+    if (!any_x && !any_h) return;
+    const int64_t x_panels = any_x ? panel_count(x.n) : 0;
+    const int64_t h_panels = any_h ? panel_count(h.n) : 0;
     T* const a_pack = buffers.a[0] + team.index * buffers.a_stride;
-    int half = 0;
-    for (int64_t r0 = 0; r0 < rows; r0 += kRowsPerBlock, half ^= 1) {
-      const int64_t depth = rows - r0 < kRowsPerBlock ? rows - r0 : kRowsPerBlock;
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowsPerBlock, half ^= 1, begin = false) {
+      const int64_t depth = rows.end - r0 < kRowsPerBlock ? rows.end - r0 : kRowsPerBlock;
       T* const b_pack = buffers.b + half * buffers.b_stride;
-      pack_b(time, r0, depth, b_row, n, b_pack, pack);
+      T* const h_pack = b_pack + x_panels * kColumns * depth;
+      const Range share = part(x_panels + h_panels, team.index, team.size);
+      const auto clip = [](int64_t i, int64_t low, int64_t high) {
+        return i < low ? low : i > high ? high : i;
+      };
+      const Range of_x{clip(share.begin, 0, x_panels), clip(share.end, 0, x_panels)};
+      const Range of_h{clip(share.begin - x_panels, 0, h_panels),
+                       clip(share.end - x_panels, 0, h_panels)};
+      pack_b(time, r0, depth, x.row, x.n, b_pack, of_x);
+      pack_b(time, r0, depth, h.row, h.n, h_pack, of_h);
       team.sync();
-      for (int64_t m0 = mine.begin; m0 < mine.end; m0 += kMBlock / kRows) {
-        const int64_t m1 = mine.end - m0 < kMBlock / kRows ? mine.end : m0 + kMBlock / kRows;
-        pack_a(a + r0 * a_stride, a_stride, m0 * kRows, m1 * kRows < m ? m1 * kRows : m, depth,
-               a_pack);
-        multiply(a_pack, b_pack, m0, m1, m, n, depth, d_w, r0 == 0);
+      for (const Part& one : parts) {
+        if (!one.d_x && !one.d_h) continue;
+        const Range mine = part((one.m + kRows - 1) / kRows, team.index, team.size);
+        for (int64_t m0 = mine.begin; m0 < mine.end; m0 += kMBlock / kRows) {
+          const int64_t m1 = mine.end - m0 < kMBlock / kRows ? mine.end : m0 + kMBlock / kRows;
+          pack_a(a + (r0 - rows.begin) * a_stride + one.column, a_stride, m0 * kRows,
+                 m1 * kRows < one.m ? m1 * kRows : one.m, depth, a_pack);
+          if (one.d_x) multiply(a_pack, b_pack, m0, m1, one.m, x.n, depth, one.d_x, begin);
+          if (one.d_h) multiply(a_pack, h_pack, m0, m1, one.m, h.n, depth, one.d_h, begin);
+        }
       }
     }
-    team.sync();
   }
 
  private:
-  template <class BRow>
-  static void pack_b(const Timeline& time, int64_t r0, int64_t depth, BRow b_row, int64_t n, T* to,
+  template <class Row>
+  static void pack_b(const Timeline& time, int64_t r0, int64_t depth, Row b_row, int64_t n, T* to,
                      Range which) {
+    if (which.begin >= which.end) return;
     int64_t t = time.offsets ? 0 : r0 / (time.batch > 0 ? time.batch : 1);
     while (time.first(t) + time.alive(t) <= r0) ++t;
     for (int64_t i = 0; i < depth; ++i) {
@@ -185,9 +231,11 @@ class WeightGradient {
   }
 };
 
-// Sums over all rows of the columns [begin, end): in blocks of rows, as the weights' gradients.
+// Sums over all rows of the columns [begin, end): in blocks of rows, as the weights' gradients. With
+// `add` they go on from what `sums` holds.
 template <class T>
-void sum_columns(const T* a, int64_t a_stride, int64_t rows, int64_t begin, int64_t end, T* sums) {
+void sum_columns(const T* a, int64_t a_stride, int64_t rows, int64_t begin, int64_t end, bool add,
+                 T* sums) {
   using V = Vec<T>;
   constexpr int kWide = 4;  // vectors side by side: a chain alone would wait for its own sums
   constexpr int64_t kRowsPerBlock = 256;
@@ -197,7 +245,8 @@ void sum_columns(const T* a, int64_t a_stride, int64_t rows, int64_t begin, int6
     for (int i = 0; i < kWide; ++i) {
       const int64_t left = end - column - i * V::lanes;
       valid[i] = left > V::lanes ? V::lanes : left > 0 ? int(left) : 0;
-      total[i] = V(0);
+      total[i] = add && valid[i] > 0 ? load_first(sums + column - begin + i * V::lanes, valid[i])
+                                     : V(0);
     }
     for (int64_t r0 = 0; r0 < rows; r0 += kRowsPerBlock) {
       const int64_t r1 = rows - r0 < kRowsPerBlock ? rows : r0 + kRowsPerBlock;
