@@ -1,4 +1,5 @@
 // The thin layer between Python and the engines: pointers and sizes in, plain structures out.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -171,6 +172,17 @@ class BoundStack {
     launch(call, kernels_.forward);
   }
 
+  // For calls that keep nothing: all but time, schedule, input, states and output.
+  ForwardCall inference_call(Pointer packed, Pointer workspace) const {
+    ForwardCall call{};
+    call.stack = stack_;
+    call.packed = as(packed);
+    call.workspace = as(workspace);
+    return call;
+  }
+
+  void run(const ForwardCall& call) const { launch(call, kernels_.forward); }
+
   void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                 int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
@@ -230,6 +242,61 @@ class BoundStack {
 
   Stack stack_;
   CellKernels kernels_;
+};
+
+// A stack that is fed block by block, its states kept between the calls: nothing is allocated, and
+// little else done, per call. The memory is Python's.
+class BoundStream {
+ public:
+  BoundStream(const BoundStack& stack, int64_t batch, int threads)
+      : stack_(stack), batch_(batch), threads_(threads) {}
+
+  int64_t workspace_bytes(int64_t steps) const {
+    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false);
+  }
+
+  // states: of each kind (h, and c) a pair, current and next, (L, B, features).
+  void bind(Pointer packed, const std::vector<std::pair<Pointer, Pointer>>& states,
+            Pointer workspace, int64_t most_steps) {
+    call_ = stack_.inference_call(packed, workspace);
+    if (int(states.size()) > kMaxStates) throw std::invalid_argument("bind: too many states");
+    for (size_t i = 0; i < states.size(); ++i) {
+      call_.state[i] = as(current_ ? states[i].second : states[i].first);
+      call_.final_state[i] = as(current_ ? states[i].first : states[i].second);
+    }
+    most_steps_ = most_steps;
+    scheduled_steps_ = -1;
+  }
+
+  // Which of the states' two buffers holds them now.
+  int current() const { return current_; }
+
+  // x: (steps, B, I) at these strides, in elements; y: (steps, B, features), dense.
+  void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row, Pointer y) {
+    if (steps < 1 || steps > most_steps_) throw std::invalid_argument("run: too many steps");
+    if (steps != scheduled_steps_) {
+      call_.time = {steps, batch_, steps * batch_, nullptr};
+      call_.schedule = stack_.schedule(call_.time, threads_);
+      scheduled_steps_ = steps;
+    }
+    call_.x = {as<const char>(x), x_step, x_row, false};
+    call_.y = as(y);
+    stack_.run(call_);
+    for (int i = 0; i < kMaxStates; ++i) {
+      void* const next = call_.final_state[i];
+      call_.final_state[i] = const_cast<void*>(call_.state[i]);
+      call_.state[i] = next;
+    }
+    current_ ^= 1;
+  }
+
+ private:
+  BoundStack stack_;
+  int64_t batch_;
+  int threads_;
+  ForwardCall call_{};
+  int64_t most_steps_ = 0, scheduled_steps_ = -1;
+  int current_ = 0;
 };
 
 // A hash over up to 64 elements of each tensor, spread evenly: notices a weight that was written
@@ -347,6 +414,9 @@ PYBIND11_MODULE(_core, m) {
         return names;
       },
       "The instruction sets that this build and this CPU have, lowest first.");
+  m.def(
+      "address", [](const py::array& a) { return reinterpret_cast<Pointer>(a.data()); },
+      py::arg("array"));
   m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
         "float32 operations per second of independent FMA chains on all threads together.");
@@ -378,6 +448,14 @@ PYBIND11_MODULE(_core, m) {
       .def("backward_workspace", &BoundStack::backward_workspace)
       .def("forward", &BoundStack::forward)
       .def("backward", &BoundStack::backward);
+
+  py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")
+      .def(py::init<const BoundStack&, int64_t, int>(), py::arg("stack"), py::arg("batch"),
+           py::arg("threads"))
+      .def_property_readonly("current", &BoundStream::current)
+      .def("workspace_bytes", &BoundStream::workspace_bytes)
+      .def("bind", &BoundStream::bind)
+      .def("run", &BoundStream::run);
 }
 
 }  // namespace fastcell

@@ -20,6 +20,7 @@ from .convert import convert, revert
 from .explain import explain
 from .info import info
 from .modules import GRU, LSTM, RNN
+from .stream import Stream
 
 __all__ = [
     "GRU",
@@ -28,6 +29,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "__version__",
     "convert",
     "explain",

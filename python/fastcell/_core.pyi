@@ -6,6 +6,9 @@ place that calls the kernels, ``fastcell.packing`` the one that packs.
 """
 
 from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 def isa() -> str:
     """The instruction set in use: the highest of ``isas()``, or ``FASTCELL_ISA``.
@@ -24,6 +27,9 @@ def isas() -> list[str]:
 
 def fingerprint(tensors: Sequence[tuple[int, int]], item_size: int) -> int:
     """A hash over a sample of the elements of (pointer, number of elements) each."""
+
+def address(array: NDArray[Any]) -> int:
+    """The pointer to an array's first element."""
 
 def tanh(x: int, y: int, count: int, float64: bool) -> None:
     """The kernels' tanh of ``count`` elements from pointer ``x`` to pointer ``y``."""
@@ -141,4 +147,26 @@ class Stack:
         """Write the gradients whose pointers are given.
 
         Raises ValueError for a wrong number of weights.
+        """
+
+class Stream:
+    """A stack that is fed block by block; the caller keeps the memory alive."""
+
+    def __init__(self, stack: Stack, batch: int, threads: int) -> None: ...
+    @property
+    def current(self) -> int:
+        """Which of the two buffers of each state holds it now."""
+
+    def workspace_bytes(self, steps: int, /) -> int:
+        """Bytes needed at ``workspace`` for blocks of up to ``steps`` steps."""
+
+    def bind(
+        self, packed: int, states: Sequence[tuple[int, int]], workspace: int, most_steps: int, /
+    ) -> None:
+        """Set the memory: packed weights, two buffers (L, B, features) per state, workspace."""
+
+    def run(self, x: int, steps: int, x_step: int, x_row: int, y: int, /) -> None:
+        """Run a block; the states move to the other buffers.
+
+        Raises ValueError for no step, or more steps than ``bind`` was told.
         """

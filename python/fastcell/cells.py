@@ -41,6 +41,10 @@ CELLS: dict[str, CellSpec] = {
 }
 
 
+# How torch.nn's layers name their cell, in the attribute ``mode``.
+CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
+
 def weights_per_direction(bias: bool, projection: bool) -> int:
     """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
     return 2 + 2 * bias + projection

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from .cells import CELL_OF_MODE
 from .checks import autocast_enabled
 from .functional import Sequences, States, run_stack, two_states
 from .packing import clear_packed_weights
@@ -61,9 +62,6 @@ class _Layer(Swappable, torch.nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, states[0], batch_sizes)
-
-
-_RNN_CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
 class RNN(_Layer):
@@ -127,8 +125,8 @@ class RNN(_Layer):
             self.nonlinearity = nonlinearity
 
     def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
-        cell = _RNN_CELLS.get(self.mode)
-        if cell is None:
+        cell = CELL_OF_MODE.get(self.mode)
+        if cell not in ("rnn_tanh", "rnn_relu"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         output, states = run_stack(
             self, cell, input, None if hx is None else (hx,), self._weights(), self._refuse

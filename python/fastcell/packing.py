@@ -78,13 +78,19 @@ def packed_weights(
         return entry.plan, entry.packed
     dense = [w.contiguous() for w in weights]
     plan = plan_for(config, input, dense)
-    packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
-    plan.stack.pack([w.data_ptr() for w in dense], packed.data_ptr(), threads)
+    packed = pack(plan, dense, threads)
     # No entry for a copy, which dies with this call, nor for tensors made under inference mode:
     # they have no version counter to tell a change.
     if all([d is w and not w.is_inference() for d, w in zip(dense, weights, strict=True)]):
         _remember(key, _Entry(call, plan, weights, packed, lambda _: _entries.pop(key, None)))
     return plan, packed
+
+
+def pack(plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:
+    """A packed copy of contiguous weights on the CPU."""
+    packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
+    plan.stack.pack([w.data_ptr() for w in weights], packed.data_ptr(), threads)
+    return packed
 
 
 def _remember(key: tuple[int, ...], entry: _Entry) -> None:

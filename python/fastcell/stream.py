@@ -1,0 +1,213 @@
+"""Real-time inference: a layer stack fed block by block, with its state kept between the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import _core
+from .cells import CELL_OF_MODE
+from .cpu import DTYPES
+from .packing import pack
+from .plan import Config, plan_for
+
+Block = TypeVar("Block", Tensor, NDArray[np.floating])
+
+_NUMPY = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+class Stream:
+    """A recurrent layer that hears its input block by block.
+
+    The state stays inside, the output goes to a buffer that the stream owns: a call allocates
+    nothing, builds no graph, and returns what the same layer would for the whole sequence, bit for
+    bit, however it is cut into blocks.
+
+        stream = fastcell.Stream(layer)
+        for block in microphone:            # (64, I), a NumPy array or a tensor
+            heard = stream(block)           # (64, H): valid until the next call; copy it to keep it
+
+    Args:
+        module: fastcell's or torch.nn's RNN, LSTM or GRU on the CPU, float32 or float64, of one
+            direction. Its weights are taken as they are now; ``reload()`` takes them again. Dropout
+            is not applied.
+        batch_size: samples that are heard side by side, B.
+        threads: the most threads that a call may use; default torch.get_num_threads(). Small layers
+            take one.
+
+    Call: ``output = stream(input)``.
+        input: (T, B, I), or (B, T, I) if the module is ``batch_first``; with ``batch_size=1`` also
+            (T, I), or (I,) for a single step. Any T from call to call, as a tensor or an array of
+            the layer's dtype.
+        output: (T, B, P) and so on, of the input's kind and number of dimensions.
+
+    A stream belongs to one thread at a time; several streams run in several threads at once.
+
+    Raises:
+        TypeError: another module, or a block of another type or dtype.
+        ValueError: two directions, another device or dtype, or a block of another shape.
+    """
+
+    def __init__(
+        self, module: torch.nn.RNNBase, batch_size: int = 1, *, threads: int | None = None
+    ) -> None:
+        cell = CELL_OF_MODE.get(module.mode) if isinstance(module, torch.nn.RNNBase) else None
+        if cell is None:
+            raise TypeError(
+                f"a stream needs an RNN, LSTM or GRU layer, got {type(module).__name__}"
+            )
+        if module.bidirectional:
+            raise ValueError("a stream hears no future: the layer must not be bidirectional")
+        if batch_size < 1 or (threads is not None and threads < 1):
+            raise ValueError(
+                f"batch_size and threads must be positive, got {batch_size} and {threads}"
+            )
+        self.module = module
+        self.batch_size = batch_size
+        self.threads = threads or torch.get_num_threads()
+        self._config = Config(cell, module.num_layers, False, module.bias, False)
+        self._features = module.input_size
+        self._batch_first = module.batch_first
+        self._steps = 0  # that the buffers have room for
+        self.reload()
+
+    def reload(self) -> None:
+        """Take the module's weights as they are now; the state stays."""
+        # By name: a parametrization computes its weights when asked.
+        module = self.module
+        weights = [getattr(module, n).detach().contiguous() for n in module._flat_weights_names]
+        dtype = weights[0].dtype
+        if any(not w.is_cpu or w.dtype is not dtype or dtype not in DTYPES for w in weights):
+            raise ValueError(
+                "a stream needs weights on the CPU, all float32 or all float64, got "
+                f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}"
+            )
+        like = weights[0].new_empty(0, self._features)
+        plan = plan_for(self._config, like, weights)
+        if self._steps == 0:
+            self.dtype = dtype
+            self._width = plan.width
+            self._bound = _core.Stream(plan.stack, self.batch_size, self.threads)
+            shapes = [(plan.stacked, self.batch_size, size) for size in plan.state_sizes]
+            self._states = [(weights[0].new_zeros(s), weights[0].new_zeros(s)) for s in shapes]
+        elif dtype is not self.dtype:
+            raise ValueError(f"the stream was made for {self.dtype}, the weights are {dtype} now")
+        self._packed = pack(plan, weights, self.threads)
+        self._reserve(max(self._steps, 1))
+
+    def _reserve(self, steps: int) -> None:
+        """Make room for blocks of this many steps."""
+        if steps > self._steps:
+            self._steps = steps
+            size = self._bound.workspace_bytes(steps)
+            self._workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+            output = torch.zeros(
+                steps, self.batch_size, self._width, dtype=self.dtype, device="cpu"
+            )
+            self._output = output, output.numpy()
+            self._output_pointer = output.data_ptr()
+            # Views of the buffer: making one would take longer than a small step.
+            self._views: dict[tuple[int, int, int], Tensor | NDArray[np.floating]] = {}
+        self._bound.bind(
+            self._packed.data_ptr(),
+            [(a.data_ptr(), b.data_ptr()) for a, b in self._states],
+            self._workspace.data_ptr(),
+            self._steps,
+        )
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """A copy of the current state: h, for an LSTM h and c, each (L, B, ·)."""
+        return tuple([pair[self._bound.current].clone() for pair in self._states])
+
+    def reset(self, hx: Tensor | Sequence[Tensor] | None = None) -> None:
+        """Begin anew: from zeros, or from ``hx`` as the layer takes it (h, or h and c).
+
+        Raises ValueError for states of another number, shape, dtype or device.
+        """
+        current = [pair[self._bound.current] for pair in self._states]
+        if hx is None:
+            for state in current:
+                state.zero_()
+            return
+        given = [hx] if isinstance(hx, Tensor) else list(hx)
+        if [(g.shape, g.dtype, g.is_cpu) for g in given] != [
+            (c.shape, c.dtype, True) for c in current
+        ]:
+            raise ValueError(
+                f"the state must be {[tuple(c.shape) for c in current]} of {self.dtype} on the "
+                f"CPU, got {[(tuple(g.shape), g.dtype, str(g.device)) for g in given]}"
+            )
+        for state, value in zip(current, given, strict=True):
+            state.copy_(value.detach())
+
+    def __call__(self, input: Block) -> Block:
+        if isinstance(input, Tensor):
+            kind, item = 0, 1
+            if input.dtype is not self.dtype or not input.is_cpu:
+                raise TypeError(
+                    f"a block must be {self.dtype} on the CPU, got {input.dtype} on {input.device}"
+                )
+            strides = input.stride()
+            if strides[-1:] != (1,) or input.is_neg():
+                input = input.resolve_neg().contiguous()
+                strides = input.stride()
+            pointer = input.data_ptr()
+        elif isinstance(input, np.ndarray):
+            kind, item = 1, input.itemsize
+            if input.dtype != _NUMPY[self.dtype]:
+                raise TypeError(f"a block must be {_NUMPY[self.dtype]}, got {input.dtype}")
+            strides = input.strides
+            if strides[-1:] != (item,) or any([s % item for s in strides]):
+                input = np.ascontiguousarray(input)
+                strides = input.strides
+            pointer = _core.address(input)
+        else:
+            raise TypeError(f"a block must be a tensor or an array, got {type(input).__name__}")
+
+        shape = input.shape
+        rank = len(shape)
+        if rank == 3:
+            steps, batch, _ = shape
+            step, row = strides[0], strides[1]
+            if self._batch_first:
+                steps, batch, step, row = batch, steps, row, step
+        else:
+            steps, step, row, batch = 1, 0, 0, 1
+            if rank == 2:
+                steps, step = shape[0], strides[0]
+        if batch != self.batch_size or not 1 <= rank <= 3 or shape[-1] != self._features:
+            self._refuse(shape)
+        if steps > self._steps:
+            self._reserve(steps)
+        elif steps < 1:
+            self._refuse(shape)
+        self._bound.run(pointer, steps, step // item, row // item, self._output_pointer)
+        view = self._views.get((kind, rank, steps))
+        if view is None:
+            view = self._views[kind, rank, steps] = self._view(kind, rank, steps)
+        return cast(Block, view)
+
+    def _view(self, kind: int, rank: int, steps: int) -> Tensor | NDArray[np.floating]:
+        view = self._output[kind][:steps]
+        if rank == 3:
+            return view.swapaxes(0, 1) if self._batch_first else view
+        return view[:, 0] if rank == 2 else view[0, 0]
+
+    def _refuse(self, shape: Sequence[int]) -> None:
+        batch, features = self.batch_size, self._features
+        expected = f"({batch}, T, {features})" if self._batch_first else f"(T, {batch}, {features})"
+        if batch == 1:
+            expected += f", (T, {features}) or ({features},)"
+        raise ValueError(f"a block must have shape {expected} with T >= 1, got {tuple(shape)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"Stream({self.module!r}, batch_size={self.batch_size}, threads={self.threads}, "
+            f"dtype={self.dtype})"
+        )
