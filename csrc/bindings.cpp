@@ -119,13 +119,13 @@ class BoundStack {
     return {steps, batch, rows, as<const int64_t>(offsets)};
   }
 
-  Schedule schedule(const Timeline& time, int threads) const {
-    return choose_schedule(stack_, time, kernels_, threads);
+  Schedule schedule(const Timeline& time, int threads, bool barriers) const {
+    return choose_schedule(stack_, time, kernels_, threads, barriers);
   }
 
   py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets,
                     int threads) const {
-    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads);
+    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true);
     return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads);
   }
 
@@ -156,7 +156,7 @@ class BoundStack {
     ForwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
-    call.schedule = schedule(call.time, threads);
+    call.schedule = schedule(call.time, threads, !crowded());
     call.x = {as<const char>(x), x_step, x_row, offsets != 0};
     call.state[0] = as(h0);
     call.state[1] = as(c0);
@@ -201,7 +201,7 @@ class BoundStack {
     BackwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
-    call.schedule = schedule(call.time, threads);
+    call.schedule = schedule(call.time, threads, !crowded());
     const bool packed = offsets != 0;
     call.x = {as<const char>(x), x_step, x_row, packed};
     call.d_x = {as<char>(d_x), d_x_step, d_x_row, packed};
@@ -274,10 +274,12 @@ class BoundStream {
   // x: (steps, B, I) at these strides, in elements; y: (steps, B, features), dense.
   void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row, Pointer y) {
     if (steps < 1 || steps > most_steps_) throw std::invalid_argument("run: too many steps");
-    if (steps != scheduled_steps_) {
+    const bool barriers = !crowded();
+    if (steps != scheduled_steps_ || barriers != barriers_) {
       call_.time = {steps, batch_, steps * batch_, nullptr};
-      call_.schedule = stack_.schedule(call_.time, threads_);
+      call_.schedule = stack_.schedule(call_.time, threads_, barriers);
       scheduled_steps_ = steps;
+      barriers_ = barriers;
     }
     call_.x = {as<const char>(x), x_step, x_row, false};
     call_.y = as(y);
@@ -296,6 +298,7 @@ class BoundStream {
   int threads_;
   ForwardCall call_{};
   int64_t most_steps_ = 0, scheduled_steps_ = -1;
+  bool barriers_ = true;
   int current_ = 0;
 };
 

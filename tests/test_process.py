@@ -173,6 +173,27 @@ print(before, count())
     assert after <= before
 
 
+@linux
+def test_two_threads_on_one_core_are_slow_and_not_stuck():
+    """Each waits for the other while it holds the core: after a few calls, no more barriers."""
+    code = """
+import os, statistics, time, torch, fastcell
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+layer, x = fastcell.LSTM(256, 256), torch.zeros(100, 1, 256)
+for count in (2, 1):
+    torch.set_num_threads(count)
+    times = []
+    with torch.no_grad():
+        for _ in range(60):
+            begin = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - begin)
+    print(statistics.median(times))
+"""
+    two, one = map(float, python(code).stdout.split())
+    assert two < 2 * one
+
+
 # --- fork -----------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ struct Model {
 }  // namespace
 
 Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels& cell,
-                         int threads) {
+                         int threads, bool barriers) {
   const Model model{s, time, cell};
   Schedule best{1, 1, 1};
   double least = model.cost(best);
@@ -76,7 +76,7 @@ Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels
     for (int groups = 1; groups <= each && groups * directions < kMaxBarriers; ++groups) {
       // Samples of a ragged batch end at different steps: parts of the batch would not be equal.
       if (groups > 1 && (time.offsets || groups > time.batch)) break;
-      const int most = each / groups;
+      const int most = barriers ? each / groups : 1;
       for (int units = 1; units <= most;
            units = units < most && units * 2 > most ? most : units * 2) {
         const Schedule candidate{directions, groups, units};
