@@ -308,20 +308,30 @@ class BoundStream {
 std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size) {
   constexpr int64_t kSamples = 64;
   constexpr int64_t kWhole = 256;  // small tensors are read whole: gradcheck moves single elements
-  std::uint64_t hash = 1469598103934665603ull;
+  constexpr int kWays = 4;         // hashes side by side: one would wait for its own products
+  std::uint64_t hash[kWays] = {1, 2, 3, 4};
   for (const auto& [pointer, count] : tensors) {
     const char* base = as<const char>(pointer);
     const int64_t samples = count <= kWhole ? count : kSamples;
+    const int64_t each = count / (samples > 0 ? samples : 1);
     for (int64_t i = 0; i < samples; ++i) {
-      // An odd stride pattern, so that samples do not all fall into one row or column.
-      const int64_t at = count <= kWhole ? i : (i * (count / kSamples) + i * 7) % count;
+      // Anywhere within its part, so that samples do not all fall into one row or column.
+      const std::uint64_t random = (std::uint64_t(i) * 0x9E3779B97F4A7C15ull) >> 32;
+      const int64_t at = i * each + int64_t((random * std::uint64_t(each)) >> 32);
       std::uint64_t bits = 0;
-      std::memcpy(&bits, base + at * item_size, size_t(item_size));
-      hash = (hash ^ bits) * 1099511628211ull;
-      hash ^= hash >> 29;
+      if (item_size == 4) {
+        std::uint32_t word;
+        std::memcpy(&word, base + at * 4, 4);
+        bits = word;
+      } else {
+        std::memcpy(&bits, base + at * 8, 8);
+      }
+      std::uint64_t& way = hash[i % kWays];
+      way = (way ^ bits) * 1099511628211ull;
+      way ^= way >> 29;
     }
   }
-  return hash;
+  return ((hash[0] * 31 + hash[1]) * 31 + hash[2]) * 31 + hash[3];
 }
 
 double measure_fma_peak(int threads, double seconds) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,9 @@ from .packing import packed_weights
 from .plan import Config, bound_stack, plan_for
 
 __all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offsets"]
+
+# A thread keeps this much for its small calls: enough for a step of most layers, forward and backward.
+_SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -49,6 +53,22 @@ def _new(like: Tensor, rows: int, batch: int, width: int) -> Tensor:
     return like.new_empty_strided((rows, batch, width), (batch * width, width, 1))
 
 
+_scratch = threading.local()
+
+
+def _workspace_pointer(size: int) -> tuple[int, Tensor | None]:
+    """Memory for one call: the calling thread's own if it is little; it needs no allocation then."""
+    if size > _SCRATCH_BYTES:
+        fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return fresh.data_ptr(), fresh
+    try:
+        return _scratch.pointer, None
+    except AttributeError:
+        _scratch.memory = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
+        _scratch.pointer = _scratch.memory.data_ptr()
+        return _scratch.pointer, None
+
+
 def forward(
     config: Config,
     x: Tensor,
@@ -85,8 +105,8 @@ def forward(
     h_final = _new(x, count, batch, sizes[0])
     c_final = _new(x, count, batch, sizes[1]) if len(sizes) > 1 else None
     reserve = x.new_empty(rows * stack.reserve_row_elements) if keep else None
-    workspace = x.new_empty(
-        stack.forward_workspace(steps, batch, rows, keep, masks is not None), dtype=torch.uint8
+    workspace, _fresh = _workspace_pointer(
+        stack.forward_workspace(steps, batch, rows, keep, masks is not None)
     )
     h = c = None
     if hx is not None:
@@ -110,7 +130,7 @@ def forward(
         0 if masks is None else masks.data_ptr(),
         packed_w.data_ptr(),
         0 if reserve is None else reserve.data_ptr(),
-        workspace.data_ptr(),
+        workspace,
         threads,
     )
     return y, [h_final] if c_final is None else [h_final, c_final], reserve
@@ -172,9 +192,8 @@ def backward(
     h, c = (*hx, None, None)[:2]
     d_h, d_c = (*d_hx, None, None)[:2]
     threads = torch.get_num_threads()
-    workspace = x.new_empty(
-        stack.backward_workspace(steps, batch, rows, masks is not None, threads),
-        dtype=torch.uint8,
+    workspace, _fresh = _workspace_pointer(
+        stack.backward_workspace(steps, batch, rows, masks is not None, threads)
     )
     stack.backward(
         steps,
@@ -199,7 +218,7 @@ def backward(
         [w.data_ptr() for w in weights],
         [0 if g is None else g.data_ptr() for g in d_weights],
         reserve.data_ptr(),
-        workspace.data_ptr(),
+        workspace,
         d_x_step,
         d_x_row,
         threads,
