@@ -302,36 +302,73 @@ class BoundStream {
   int current_ = 0;
 };
 
-// A hash over up to 64 elements of each tensor, spread evenly: notices a weight that was written
-// without torch's version counter (through .data or a NumPy view). Not every single element is
-// looked at: reading all weights would cost as much as a step does.
-std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size) {
-  constexpr int64_t kSamples = 64;
-  constexpr int64_t kWhole = 256;  // small tensors are read whole: gradcheck moves single elements
-  constexpr int kWays = 4;         // hashes side by side: one would wait for its own products
-  std::uint64_t hash[kWays] = {1, 2, 3, 4};
-  for (const auto& [pointer, count] : tensors) {
-    const char* base = as<const char>(pointer);
-    const int64_t samples = count <= kWhole ? count : kSamples;
-    const int64_t each = count / (samples > 0 ? samples : 1);
-    for (int64_t i = 0; i < samples; ++i) {
+// A checksum over weights: notices those that were written without torch's version counter (through
+// .data or a NumPy view). `whole`: over all elements, where any one that changes shows; else tensors
+// of more than kSmall elements give a sample of 64, since reading them all would cost as much as a
+// step does.
+class Checksum {
+ public:
+  void add_whole(const char* data, int64_t bytes) {
+    int64_t i = 0;
+    for (; i + int64_t(sizeof sum_) <= bytes; i += sizeof sum_) {
+      std::uint32_t words[kLanes];
+      std::memcpy(words, data + i, sizeof words);
+      // Two sums, as Fletcher's: the second makes the order count.
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sum_[lane] += words[lane];
+        sum_of_sums_[lane] += sum_[lane];
+      }
+    }
+    for (; i < bytes; i += 4) add_word(data + i, int(i / 4 % kLanes));
+  }
+
+  void add_sample(const char* data, int64_t count, int item_size) {
+    constexpr int64_t kSamples = 64;
+    const int64_t each = count / kSamples;
+    for (int64_t i = 0; i < kSamples; ++i) {
       // Anywhere within its part, so that samples do not all fall into one row or column.
       const std::uint64_t random = (std::uint64_t(i) * 0x9E3779B97F4A7C15ull) >> 32;
       const int64_t at = i * each + int64_t((random * std::uint64_t(each)) >> 32);
-      std::uint64_t bits = 0;
-      if (item_size == 4) {
-        std::uint32_t word;
-        std::memcpy(&word, base + at * 4, 4);
-        bits = word;
-      } else {
-        std::memcpy(&bits, base + at * 8, 8);
-      }
-      std::uint64_t& way = hash[i % kWays];
-      way = (way ^ bits) * 1099511628211ull;
-      way ^= way >> 29;
+      for (int k = 0; k < item_size; k += 4) add_word(data + at * item_size + k, int(i % kLanes));
     }
   }
-  return ((hash[0] * 31 + hash[1]) * 31 + hash[2]) * 31 + hash[3];
+
+  std::uint64_t value() const {
+    std::uint64_t value = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      value = (value ^ sum_[lane]) * 0x9E3779B97F4A7C15ull;
+      value = (value ^ (value >> 29) ^ sum_of_sums_[lane]) * 0xBF58476D1CE4E5B9ull;
+    }
+    return value;
+  }
+
+ private:
+  static constexpr int kLanes = 16;
+
+  void add_word(const char* data, int lane) {
+    std::uint32_t word;
+    std::memcpy(&word, data, 4);
+    sum_[lane] += word;
+    sum_of_sums_[lane] += sum_[lane];
+  }
+
+  std::uint32_t sum_[kLanes] = {};
+  std::uint32_t sum_of_sums_[kLanes] = {};
+};
+
+std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size,
+                          bool whole) {
+  constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
+  Checksum sum;
+  for (const auto& [pointer, count] : tensors) {
+    const char* data = as<const char>(pointer);
+    if (whole || count <= kSmall) {
+      sum.add_whole(data, count * item_size);
+    } else {
+      sum.add_sample(data, count, item_size);
+    }
+  }
+  return sum.value();
 }
 
 double measure_fma_peak(int threads, double seconds) {
@@ -430,7 +467,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "address", [](const py::array& a) { return reinterpret_cast<Pointer>(a.data()); },
       py::arg("array"));
-  m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"));
+  m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"), py::arg("whole"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
         "float32 operations per second of independent FMA chains on all threads together.");
   m.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("bytes_per_thread"),

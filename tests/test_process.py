@@ -327,6 +327,25 @@ def fresh(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return twin(x)[0]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows"), [((5, 10), (2, 3)), ((64, 64), (1, 1)), ((100, 90), (64, 8))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_elements_written_behind_the_version_counter(cache, sizes, rows, dtype):
+    """As gradcheck writes them; all are noticed in small layers, and by large calls."""
+    layer = fastcell.RNN(*sizes, dtype=dtype)
+    x = torch.randn(*rows, sizes[0], dtype=dtype)
+    with torch.no_grad():
+        last = layer(x)[0]
+        for w in layer.parameters():
+            for i in range(0, w.numel(), max(1, w.numel() // 37)):
+                w.data.view(-1)[i] += 0.25
+                now = layer(x)[0]
+                # Of h_{t-1} = 0 nothing is seen in a single step.
+                assert not torch.equal(now, last) or (rows[0] == 1 and w is layer.weight_hh_l0)
+                last = now
+
+
 def by_optimizer(layer):
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
 

@@ -25,8 +25,8 @@ def estimate_quotients(wanted: bool | None = None) -> bool:
 def isas() -> list[str]:
     """The instruction sets that this build and this CPU have, lowest first."""
 
-def fingerprint(tensors: Sequence[tuple[int, int]], item_size: int) -> int:
-    """A hash over a sample of the elements of (pointer, number of elements) each."""
+def fingerprint(tensors: Sequence[tuple[int, int]], item_size: int, whole: bool) -> int:
+    """A checksum over (pointer, number of elements) each: of all, or for large ones of a sample."""
 
 def address(array: NDArray[Any]) -> int:
     """The pointer to an array's first element."""

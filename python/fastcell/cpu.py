@@ -13,7 +13,7 @@ from .plan import Config, bound_stack, plan_for
 
 __all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offsets"]
 
-# A thread keeps this much for its small calls: enough for a step of most layers, forward and backward.
+# A thread keeps this much for its small calls: enough for a step of most layers, and its gradients.
 _SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
@@ -57,7 +57,7 @@ _scratch = threading.local()
 
 
 def _workspace_pointer(size: int) -> tuple[int, Tensor | None]:
-    """Memory for one call: the calling thread's own if it is little; it needs no allocation then."""
+    """Memory for one call: the calling thread's own if it is little, which saves an allocation."""
     if size > _SCRATCH_BYTES:
         fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
         return fresh.data_ptr(), fresh

@@ -2,10 +2,12 @@
 
 The cache is the only global state of the package. An entry belongs to a tuple of weight tensors;
 it is used again only while every tensor is the same object, at the same address and the same
-version, and a fingerprint of sampled elements is unchanged. The version counter sees every tracked
-in-place write (an optimizer's step, ``load_state_dict``); the fingerprint sees whole-tensor writes
-that bypass it (through ``.data`` or a NumPy view). A write of a few single elements that bypasses
-the counter can go unnoticed: ``clear_packed_weights()`` after it.
+version, and a fingerprint is unchanged. The version counter sees every tracked in-place write (an
+optimizer's step, ``load_state_dict``); the fingerprint sees what bypasses it (writes through
+``.data`` or a NumPy view). It is a checksum of all elements where that costs little beside the
+call: for weights of up to 4,096 elements, and for calls of at least ``_MANY_ROWS`` rows. Smaller
+calls of larger layers look at a sample: a write of a few single elements that bypasses the counter
+can then go unnoticed; ``clear_packed_weights()`` after it.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from .plan import Config, Plan, plan_for
 
 _MAX_ENTRIES = 256
 _MAX_BYTES = 1 << 30
+_MANY_ROWS = 512  # (t, b) of a call, from which on reading all weights once more takes below 2 %
 
 
 class _Entry:
     __slots__ = (
-        "call", "fingerprint", "item_size", "packed", "plan", "pointers", "refs", "sampled",
-        "versions",
+        "call", "contents", "item_size", "packed", "plan", "pointers", "refs", "sample", "versions",
+        "whole",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +41,7 @@ class _Entry:
         plan: Plan,
         weights: Sequence[Tensor],
         packed: Tensor,
+        whole: bool,
         on_death: Any,
     ) -> None:
         self.call = call
@@ -46,16 +50,18 @@ class _Entry:
         self.refs = [weakref.ref(w, on_death) for w in weights]
         self.versions = [w._version for w in weights]
         self.pointers = [w.data_ptr() for w in weights]
-        self.sampled = [(w.data_ptr(), w.numel()) for w in weights]
+        self.contents = [(w.data_ptr(), w.numel()) for w in weights]
         self.item_size = weights[0].element_size()
-        self.fingerprint = _core.fingerprint(self.sampled, self.item_size)
+        self.sample = _core.fingerprint(self.contents, self.item_size, False)
+        self.whole = _core.fingerprint(self.contents, self.item_size, True) if whole else None
 
-    def serves(self, weights: Sequence[Tensor]) -> bool:
+    def serves(self, weights: Sequence[Tensor], whole: bool) -> bool:
         return (
             self.versions == [w._version for w in weights]
             and self.pointers == [w.data_ptr() for w in weights]
             and all([w.is_contiguous() for w in weights])
-            and bool(_core.fingerprint(self.sampled, self.item_size) == self.fingerprint)
+            and _core.fingerprint(self.contents, self.item_size, whole)
+            == (self.whole if whole else self.sample)
         )
 
 
@@ -74,7 +80,8 @@ def packed_weights(
     key = tuple(map(id, weights))
     call = (config, input.dtype, input.shape[-1])
     entry = _entries.get(key)
-    if entry is not None and entry.call == call and entry.serves(weights):
+    whole = input.numel() >= _MANY_ROWS * call[2]
+    if entry is not None and entry.call == call and entry.serves(weights, whole):
         return entry.plan, entry.packed
     dense = [w.contiguous() for w in weights]
     plan = plan_for(config, input, dense)
@@ -82,7 +89,8 @@ def packed_weights(
     # No entry for a copy, which dies with this call, nor for tensors made under inference mode:
     # they have no version counter to tell a change.
     if all([d is w and not w.is_inference() for d, w in zip(dense, weights, strict=True)]):
-        _remember(key, _Entry(call, plan, weights, packed, lambda _: _entries.pop(key, None)))
+        forget = lambda _: _entries.pop(key, None)  # noqa: E731
+        _remember(key, _Entry(call, plan, weights, packed, whole, forget))
     return plan, packed
 
 
@@ -105,7 +113,7 @@ def _remember(key: tuple[int, ...], entry: _Entry) -> None:
 def packed_bytes(weights: Sequence[Tensor]) -> int:
     """Bytes held in the cache for these weights; 0 if they are not packed."""
     entry = _entries.get(tuple(map(id, weights)))
-    return entry.packed.numel() if entry is not None and entry.serves(weights) else 0
+    return entry.packed.numel() if entry is not None and entry.serves(weights, False) else 0
 
 
 def clear_packed_weights() -> None:
