@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SANITIZED := build/sanitize
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench -name '*.h' -o -name '*.cpp' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: install demo test bench lint format sanitize wheel clean
+.PHONY: install demo test bench lint format sanitize test-native test-aarch64 wheel clean
 
 install: $(STAMP)
 
@@ -38,6 +38,21 @@ format: install
 # The kernel tests under the address and undefined-behaviour sanitizers.
 sanitize: install
 	$(BIN)/python tests/sanitize.py $(SANITIZED)
+
+# The kernels without Python, here and on an emulated 64-bit Arm (Debian: g++-aarch64-linux-gnu,
+# qemu-user).
+NATIVE_FLAGS := -std=c++17 -O2 -ffp-contract=off -Wall -Wextra -fopenmp -Icsrc -DFASTCELL_ISA=baseline
+NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
+
+test-native:
+	mkdir -p build
+	$(CXX) $(NATIVE_FLAGS) $(NATIVE_SOURCES) -o build/kernels
+	build/kernels
+
+test-aarch64:
+	mkdir -p build
+	aarch64-linux-gnu-g++ -static $(NATIVE_FLAGS) $(NATIVE_SOURCES) -o build/kernels-aarch64
+	qemu-aarch64 build/kernels-aarch64
 
 wheel: install
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

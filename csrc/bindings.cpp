@@ -303,9 +303,9 @@ class BoundStream {
 };
 
 // A checksum over weights: notices those that were written without torch's version counter (through
-// .data or a NumPy view). `whole`: over all elements, where any one that changes shows; else tensors
-// of more than kSmall elements give a sample of 64, since reading them all would cost as much as a
-// step does.
+// .data or a NumPy view). `whole`: over all elements, where any one that changes shows; else
+// tensors of more than kSmall elements give a sample of 64, since reading them all would cost as
+// much as a step does.
 class Checksum {
  public:
   void add_whole(const char* data, int64_t bytes) {

@@ -1,10 +1,10 @@
 // The backward engine: backpropagation through time for any cell.
 //
-// Per layer, from the last, a chunk of steps at a time: the time loop, each step a product of the later
-// step's gate gradients with the recurrent weights and the cell's pointwise backward maths on that
-// tile; then what the chunk adds to the gradients of the layer's input and weights, as products over
-// all its rows, while its gate gradients are in cache. Nothing as long as the sequence is written but
-// the gradients of the inputs.
+// Per layer, from the last, a chunk of steps at a time: the time loop, each step a product of the
+// later step's gate gradients with the recurrent weights and the cell's pointwise backward maths on
+// that tile; then what the chunk adds to the gradients of the layer's input and weights, as
+// products over all its rows, while its gate gradients are in cache. Nothing as long as the
+// sequence is written but the gradients of the inputs.
 #pragma once
 
 #include "math.h"
@@ -12,8 +12,9 @@
 
 namespace fastcell::FASTCELL_ISA {
 
-// How the backward pass cuts time: chunks of blocks of steps. A block is what one chain of the weights'
-// gradients sums, so it depends on the sizes alone; a chunk has enough rows for every thread.
+// How the backward pass cuts time: chunks of blocks of steps. A block is what one chain of the
+// weights' gradients sums, so it depends on the sizes alone; a chunk has enough rows for every
+// thread.
 struct Chunks {
   int64_t block_steps, steps, count;
 
@@ -65,15 +66,15 @@ class Backward {
     // Per direction, of two chunks in turn, since a chunk's last step is the next one's later step:
     T* d_gates[2][2];   // (rows, (G + A) hidden)
     T* d_output[2][2];  // projected: (rows, output), the gradient of h_t
-    T* d_h[2];        // per direction: (B, padded output), carried from step to step
-    T* d_c[2];        // per direction: (B, padded hidden)
-    T* h_weights[2];  // W_hh as panels over h_{t-1}
-    T* r_weights[2];  // W_hr as panels over m_t
-    T* x_weights[2];  // W_ih as panels over x_t
-    T* d_layer[2];    // gradient of an inner layer's output
-    T* dropped;       // an inner layer's output after dropout, made anew
-    T* zeros;         // a row of zeros, where no initial state was given
-    T* rows;          // scratch of multiply_rows
+    T* d_h[2];          // per direction: (B, padded output), carried from step to step
+    T* d_c[2];          // per direction: (B, padded hidden)
+    T* h_weights[2];    // W_hh as panels over h_{t-1}
+    T* r_weights[2];    // W_hr as panels over m_t
+    T* x_weights[2];    // W_ih as panels over x_t
+    T* d_layer[2];      // gradient of an inner layer's output
+    T* dropped;         // an inner layer's output after dropout, made anew
+    T* zeros;           // a row of zeros, where no initial state was given
+    T* rows;            // scratch of multiply_rows
     int64_t d_h_stride, d_c_stride;
     typename WeightGradient<T>::Buffers product;
 
@@ -98,7 +99,8 @@ class Backward {
         x_weights[dir] = arena.take<T>(Panels<T>{1, widest_input(s), G * s.hidden}.size());
       }
       const Panels<T> over_x{1, widest_input(s), 0};
-      this->rows = arena.take<T>(s.directions > 1 ? threads * kRowBlock * over_x.padded_units() : 0);
+      this->rows =
+          arena.take<T>(s.directions > 1 ? threads * kRowBlock * over_x.padded_units() : 0);
       const int64_t inner = s.layers > 1 ? rows * s.directions * s.output : 0;
       for (T*& p : d_layer) p = arena.take<T>(inner);
       dropped = arena.take<T>(call.masks ? inner : 0);
@@ -556,7 +558,8 @@ class Backward {
       const T* d_gates = d.d_gates_of(steps.begin);
       // The other direction comes through the chunks the other way round: who comes second, adds.
       const int64_t last = buffers.chunks.count - 1;
-      const bool add = s.directions > 1 && (dir == 0 ? chunk < last - chunk : chunk >= last - chunk);
+      const bool add =
+          s.directions > 1 && (dir == 0 ? chunk < last - chunk : chunk >= last - chunk);
       multiply_rows(
           Panels<T>{1, s.layer_input(layer), G * s.hidden}, buffers.x_weights[dir], rows,
           [&](int64_t r) { return d_gates + (r - rows.begin) * width; },

@@ -40,7 +40,7 @@ const Kernels* const* compiled_kernels(int* count) {
   return all;
 }
 
-bool supported(const Kernels& kernels) {
+bool supported([[maybe_unused]] const Kernels& kernels) {
 #if defined(__x86_64__)
   if (!std::strcmp(kernels.isa, "avx512")) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -44,7 +44,8 @@ const Kernels* choose_kernels(const char* wanted, const char** error);
 // Whether AVX-512 kernels divide by estimate (simd.h, quotient()): by what the CPU is.
 extern bool estimate_quotients;
 
-// How `threads` threads should share a call; without `barriers`, only in ways that need none per step.
+// How `threads` threads should share a call; without `barriers`, only in ways that need none per
+// step.
 Schedule choose_schedule(const Stack& stack, const Timeline& time, const CellKernels& cell,
                          int threads, bool barriers);
 

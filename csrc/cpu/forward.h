@@ -1,10 +1,11 @@
 // The forward engine: a stack of layers over a sequence, for any cell.
 //
-// Per layer and direction, each step is a product with the recurrent weights and the cell's pointwise
-// maths on the sums that the product has just left in the nearest cache. Those sums begin with the
-// input projection. Few samples: the projection of a chunk of steps is one product before them, so
-// that its weights are read once for many rows. Many: each step begins its own sums, which then never
-// leave the nearest cache. Either way an element is the same chain of FMAs, and has the same bits.
+// Per layer and direction, each step is a product with the recurrent weights and the cell's
+// pointwise maths on the sums that the product has just left in the nearest cache. Those sums begin
+// with the input projection. Few samples: the projection of a chunk of steps is one product before
+// them, so that its weights are read once for many rows. Many: each step begins its own sums, which
+// then never leave the nearest cache. Either way an element is the same chain of FMAs, and has the
+// same bits.
 #pragma once
 
 #include "math.h"
@@ -32,9 +33,9 @@ struct PackedDirection {
   }
 };
 
-// The sums of one row and unit block: [input terms of the gates apart][joined gates][recurrent terms
-// of the gates apart]. The input product fills the first `gates` vectors, the recurrent product adds
-// to the last `gates`. So the input weights' slots hold the gates apart first.
+// The sums of one row and unit block: [input terms of the gates apart][joined gates][recurrent
+// terms of the gates apart]. The input product fills the first `gates` vectors, the recurrent
+// product adds to the last `gates`. So the input weights' slots hold the gates apart first.
 template <class Cell>
 struct Slots {
   static constexpr int apart = Cell::apart;

@@ -6,8 +6,8 @@
 namespace fastcell::FASTCELL_ISA {
 
 // d_x rows = d_gates rows times W_ih: rows x (K = gates) x (N = input features), `panels` packed
-// with pack_rows. With `add` the result is added to what c holds: a chain of its own, so that it does
-// not matter which of two directions comes first.
+// with pack_rows. With `add` the result is added to what c holds: a chain of its own, so that it
+// does not matter which of two directions comes first.
 //
 // Blocks of rows outermost, then blocks of k: the weights stream past once per block of rows, while
 // the block's part of `a` and its sums stay in a core's own cache. `scratch`: kRowBlock rows of
@@ -20,8 +20,7 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
   // Few rows: the columns are shared out instead.
   const bool by_rows = rows.end - rows.begin >= 48 * team.size;
   const Range share = part(rows.end - rows.begin, team.index, team.size);
-  const Range mine =
-      by_rows ? Range{rows.begin + share.begin, rows.begin + share.end} : rows;
+  const Range mine = by_rows ? Range{rows.begin + share.begin, rows.begin + share.end} : rows;
   const Range columns =
       by_rows ? Range{0, panels.count()} : part(panels.count(), team.index, team.size);
   alignas(64) T zeros[kMaxVectors * V::lanes] = {};
@@ -59,7 +58,8 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
     }
     if (!add || columns.begin == columns.end) continue;
     const int64_t first = panels.first_unit(columns.begin);
-    const int64_t last = columns.end < panels.count() ? panels.first_unit(columns.end) : panels.units;
+    const int64_t last =
+        columns.end < panels.count() ? panels.first_unit(columns.end) : panels.units;
     for (int i = 0; i < n; ++i) {
       T* const to = c_row(m0 + i);
       for (int64_t j = first; j < last; ++j) to[j] += rows_of_c[i][j];
@@ -68,10 +68,11 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
 }
 
 // Gradients of the weights: d_W[m][n] = sum over rows r of a[r][m] b[r][n], with M gates and N
-// features, of the input's weights (b = x) and the recurrent ones (b = h_{t-1}) together, since they
-// share `a`. Each block of kRowsPerBlock rows is a chain of its own, begun at zero; the blocks' sums
-// are added in order: the error grows with the length of a block and the number of blocks, not with
-// the number of rows, and the bits do not depend on the number of threads. The team shares out M.
+// features, of the input's weights (b = x) and the recurrent ones (b = h_{t-1}) together, since
+// they share `a`. Each block of kRowsPerBlock rows is a chain of its own, begun at zero; the
+// blocks' sums are added in order: the error grows with the length of a block and the number of
+// blocks, not with the number of rows, and the bits do not depend on the number of threads. The
+// team shares out M.
 template <class T>
 class WeightGradient {
   using V = Vec<T>;
@@ -115,8 +116,9 @@ class WeightGradient {
     T* d_h;
   };
 
-  // rows: of the timeline; a's row r lies at a + (r - rows.begin) * a_stride. With `begin` gradients
-  // are written, else added to. `half` alternates from block to block and from call to call.
+  // rows: of the timeline; a's row r lies at a + (r - rows.begin) * a_stride. With `begin`
+  // gradients are written, else added to. `half` alternates from block to block and from call to
+  // call.
   template <class XRow, class HRow, int N>
   static void run(const T* a, int64_t a_stride, const Timeline& time, Range rows,
                   const Features<XRow>& x, const Features<HRow>& h, const Part (&parts)[N],
@@ -212,9 +214,8 @@ class WeightGradient {
           // d_w comes from afar, and is needed once the tile is done.
           for (int v = 0; v < kVectors && !begin; ++v) __builtin_prefetch(target + v * V::lanes, 1);
         }
-        run_tile<T, kRows>(
-            count, kVectors,
-            {a_rows, 0, b + p * depth * kColumns, depth, c, V::lanes, zeros});
+        run_tile<T, kRows>(count, kVectors,
+                           {a_rows, 0, b + p * depth * kColumns, depth, c, V::lanes, zeros});
         if (full && begin) continue;
         for (int i = 0; i < count; ++i) {
           T* const target = d_w + (row + i) * n + p * kColumns;
@@ -231,8 +232,8 @@ class WeightGradient {
   }
 };
 
-// Sums over all rows of the columns [begin, end): in blocks of rows, as the weights' gradients. With
-// `add` they go on from what `sums` holds.
+// Sums over all rows of the columns [begin, end): in blocks of rows, as the weights' gradients.
+// With `add` they go on from what `sums` holds.
 template <class T>
 void sum_columns(const T* a, int64_t a_stride, int64_t rows, int64_t begin, int64_t end, bool add,
                  T* sums) {
@@ -245,8 +246,8 @@ void sum_columns(const T* a, int64_t a_stride, int64_t rows, int64_t begin, int6
     for (int i = 0; i < kWide; ++i) {
       const int64_t left = end - column - i * V::lanes;
       valid[i] = left > V::lanes ? V::lanes : left > 0 ? int(left) : 0;
-      total[i] = add && valid[i] > 0 ? load_first(sums + column - begin + i * V::lanes, valid[i])
-                                     : V(0);
+      total[i] =
+          add && valid[i] > 0 ? load_first(sums + column - begin + i * V::lanes, valid[i]) : V(0);
     }
     for (int64_t r0 = 0; r0 < rows; r0 += kRowsPerBlock) {
       const int64_t r1 = rows - r0 < kRowsPerBlock ? rows : r0 + kRowsPerBlock;

@@ -66,8 +66,8 @@ struct Model {
 
 }  // namespace
 
-Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels& cell,
-                         int threads, bool barriers) {
+Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels& cell, int threads,
+                         bool barriers) {
   const Model model{s, time, cell};
   Schedule best{1, 1, 1};
   double least = model.cost(best);

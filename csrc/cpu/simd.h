@@ -135,9 +135,9 @@ struct Vec {
   }
 };
 
-// a / b to within 0.6 ULP, for |b| from 2^-126 to infinity and quotients that are normal numbers (or 0,
-// of an infinite b); NaN of a NaN. Where dividing 16 floats takes 16 cycles (Intel; AMD: 3 to 10), by an
-// estimate of 14 bits and one correction with the remainder.
+// a / b to within 0.6 ULP, for |b| from 2^-126 to infinity and quotients that are normal numbers
+// (or 0, of an infinite b); NaN of a NaN. Where dividing 16 floats takes 16 cycles (Intel; AMD: 3
+// to 10), by an estimate of 14 bits and one correction with the remainder.
 template <class T>
 FASTCELL_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)

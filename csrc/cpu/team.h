@@ -37,9 +37,9 @@ FASTCELL_INLINE Range part(int64_t total, int index, int parts) {
 
 constexpr int kMaxBarriers = 64;  // sub-teams of one call
 
-// Whether threads have lately waited long for a partner that the system had taken off its core. While
-// the machine is shared like that, a barrier at every step can take a time slice (milliseconds) each
-// time: better to share out work without.
+// Whether threads have lately waited long for a partner that the system had taken off its core.
+// While the machine is shared like that, a barrier at every step can take a time slice
+// (milliseconds) each time: better to share out work without.
 bool crowded();
 
 // Calls work(team, barriers, context) on `threads` OpenMP threads. `barriers` are fresh and shared.

@@ -1,0 +1,436 @@
+// The kernels without Python: forward against plain loops in double, backward against finite
+// differences, float against double. For targets that have no Python at hand, such as an emulator
+// (make test-aarch64).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+
+using namespace fastcell;
+
+namespace {
+
+struct Case {
+  const char* cell;
+  int64_t steps, batch, input, hidden, proj;
+  int layers, directions;
+  bool bias, ragged;
+  Schedule schedule;
+};
+
+using Values = std::vector<double>;
+
+std::uint64_t random_state = 88172645463325252ull;
+double random_number() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return double(random_state >> 11) / double(1ull << 53) * 2 - 1;
+}
+Values random_values(int64_t count, double size = 1) {
+  Values v(static_cast<size_t>(count));
+  for (double& x : v) x = size * random_number();
+  return v;
+}
+
+// All that a call takes and gives, in double.
+struct Problem {
+  Stack stack;
+  Timeline time;
+  std::vector<int64_t> offsets;
+  Values x;
+  std::vector<Values> weights;
+  Values state[kMaxStates];
+};
+
+struct Result {
+  Values y, final_state[kMaxStates];
+};
+
+struct Gradients {
+  Values d_x;
+  std::vector<Values> d_weights;
+  Values d_state[kMaxStates];
+};
+
+Problem make_problem(const Case& c, const CellKernels& cell) {
+  Problem p;
+  const bool projected = c.proj > 0;
+  p.stack = {DType::kFloat64, c.input, c.hidden, projected ? c.proj : c.hidden,
+             projected,       c.bias,  c.layers, c.directions};
+  int64_t rows = c.steps * c.batch;
+  if (c.ragged) {
+    // Samples end one after the other, some together.
+    p.offsets.push_back(0);
+    for (int64_t t = 0; t < c.steps; ++t) {
+      const int64_t alive = c.batch - (c.batch - 1) * t / c.steps;
+      p.offsets.push_back(p.offsets.back() + alive);
+    }
+    rows = p.offsets.back();
+  }
+  p.time = {c.steps, c.batch, rows, c.ragged ? p.offsets.data() : nullptr};
+  p.x = random_values(rows * c.input);
+  const double size = 1 / std::sqrt(double(c.hidden));
+  for (int layer = 0; layer < c.layers; ++layer) {
+    for (int dir = 0; dir < c.directions; ++dir) {
+      const int64_t gates = cell.gates * c.hidden;
+      p.weights.push_back(random_values(gates * p.stack.layer_input(layer), size));
+      p.weights.push_back(random_values(gates * p.stack.output, size));
+      if (c.bias) {
+        p.weights.push_back(random_values(gates, size));
+        p.weights.push_back(random_values(gates, size));
+      }
+      if (projected) p.weights.push_back(random_values(p.stack.output * c.hidden, size));
+    }
+  }
+  for (int i = 0; i < cell.states; ++i) {
+    p.state[i] = random_values(c.layers * c.directions * c.batch * p.stack.state_size(i));
+  }
+  return p;
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// One unit's step: input terms x[gate], recurrent terms h[gate], both with their biases.
+void step(const std::string& cell, const double* x, const double* h, double& out, double& c) {
+  if (cell == "rnn_tanh") {
+    out = std::tanh(x[0] + h[0]);
+  } else if (cell == "rnn_relu") {
+    out = std::fmax(0.0, x[0] + h[0]);
+  } else if (cell == "lstm") {
+    c = sigmoid(x[1] + h[1]) * c + sigmoid(x[0] + h[0]) * std::tanh(x[2] + h[2]);
+    out = sigmoid(x[3] + h[3]) * std::tanh(c);
+  } else if (cell == "gru") {
+    const double r = sigmoid(x[0] + h[0]), z = sigmoid(x[1] + h[1]);
+    out = (1 - z) * std::tanh(x[2] + r * h[2]) + z * out;
+  } else {
+    std::printf("no plain step for the cell %s: write one\n", cell.c_str());
+    std::exit(1);
+  }
+}
+
+Result plain_forward(const Problem& p, const CellKernels& cell) {
+  const Stack& s = p.stack;
+  const int64_t width = s.directions * s.output, H = s.hidden;
+  Result result;
+  Values input = p.x;
+  for (int i = 0; i < cell.states; ++i) result.final_state[i] = p.state[i];
+  for (int layer = 0; layer < s.layers; ++layer) {
+    const int64_t features = s.layer_input(layer);
+    result.y.assign(size_t(p.time.rows * width), 0);
+    for (int dir = 0; dir < s.directions; ++dir) {
+      const int at = layer * s.directions + dir;
+      const Values* w = &p.weights[size_t(at * s.weights_each())];
+      double* const h = &result.final_state[0][size_t(at * p.time.batch * s.output)];
+      double* const c =
+          cell.states > 1 ? &result.final_state[1][size_t(at * p.time.batch * H)] : nullptr;
+      for (int64_t i = 0; i < p.time.steps; ++i) {
+        const int64_t t = dir ? p.time.steps - 1 - i : i;
+        for (int64_t b = 0; b < p.time.alive(t); ++b) {
+          const int64_t row = p.time.first(t) + b;
+          Values next(static_cast<size_t>(H));
+          for (int64_t unit = 0; unit < H; ++unit) {
+            double x_terms[4], h_terms[4];
+            for (int g = 0; g < cell.gates; ++g) {
+              const int64_t line = g * H + unit;
+              x_terms[g] = s.bias ? w[2][size_t(line)] : 0;
+              h_terms[g] = s.bias ? w[3][size_t(line)] : 0;
+              for (int64_t k = 0; k < features; ++k) {
+                x_terms[g] += w[0][size_t(line * features + k)] * input[size_t(row * features + k)];
+              }
+              for (int64_t k = 0; k < s.output; ++k) {
+                h_terms[g] += w[1][size_t(line * s.output + k)] * h[b * s.output + k];
+              }
+            }
+            double none = 0;
+            next[size_t(unit)] = s.projected ? 0 : h[b * s.output + unit];
+            step(cell.name, x_terms, h_terms, next[size_t(unit)], c ? c[b * H + unit] : none);
+          }
+          for (int64_t j = 0; j < s.output; ++j) {
+            double value = s.projected ? 0 : next[size_t(j)];
+            for (int64_t k = 0; s.projected && k < H; ++k) {
+              value += w[s.weights_each() - 1][size_t(j * H + k)] * next[size_t(k)];
+            }
+            h[b * s.output + j] = result.y[size_t(row * width + dir * s.output + j)] = value;
+          }
+        }
+      }
+    }
+    input = result.y;
+  }
+  return result;
+}
+
+// A buffer of T, with NaN in what nobody has written and a guard behind it.
+template <class T>
+struct Buffer {
+  explicit Buffer(size_t count)
+      : values(count + 16, std::numeric_limits<T>::quiet_NaN()), n(count) {}
+  explicit Buffer(const Values& from) : Buffer(from.size()) {
+    for (size_t i = 0; i < n; ++i) values[i] = T(from[i]);
+  }
+  T* data() { return values.data(); }
+  Values read() const {
+    for (size_t i = n; i < values.size(); ++i) {
+      if (values[i] == values[i]) {
+        std::printf("written past the end of a buffer\n");
+        std::exit(1);
+      }
+    }
+    return Values(values.begin(), values.begin() + std::ptrdiff_t(n));
+  }
+  std::vector<T> values;
+  size_t n;
+};
+
+struct Aligned {
+  explicit Aligned(int64_t bytes) : p(std::aligned_alloc(64, size_t(bytes + 127) / 64 * 64)) {
+    std::memset(p, 0xff, size_t(bytes));  // NaN
+  }
+  ~Aligned() { std::free(p); }
+  void* p;
+};
+
+// The kernels at T; with `gradients` also backward, of sum(y * d_y) + sum(final * d_final).
+template <class T>
+Result run_kernels(const Problem& p, const CellKernels& cell, const Schedule& schedule,
+                   const Result* d_result, Gradients* gradients) {
+  Stack s = p.stack;
+  s.dtype = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+  const int64_t width = s.directions * s.output;
+  std::vector<Buffer<T>> weights;
+  for (const Values& w : p.weights) weights.emplace_back(w);
+  std::vector<const void*> pointers;
+  for (Buffer<T>& w : weights) pointers.push_back(w.data());
+  Buffer<T> x(p.x), y(size_t(p.time.rows * width));
+  std::vector<Buffer<T>> initial, final_state;
+  for (int i = 0; i < cell.states; ++i) {
+    initial.emplace_back(p.state[i]);
+    final_state.emplace_back(p.state[i].size());
+  }
+  Aligned packed(cell.packed_bytes(s));
+  cell.pack(s, pointers.data(), packed.p, Team{});
+
+  ForwardCall call{};
+  call.stack = s;
+  call.time = p.time;
+  call.schedule = schedule;
+  call.x = {reinterpret_cast<const char*>(x.data()), p.time.batch * s.input, s.input,
+            p.time.offsets != nullptr};
+  for (int i = 0; i < cell.states; ++i) {
+    call.state[i] = initial[size_t(i)].data();
+    call.final_state[i] = final_state[size_t(i)].data();
+  }
+  call.y = y.data();
+  call.packed = packed.p;
+  const int64_t kept = ReserveLayout(s, cell.saved, cell.states).row_elements * p.time.rows;
+  Aligned reserve(kept * int64_t(sizeof(T)));
+  if (gradients) call.reserve = reserve.p;
+  Aligned workspace(cell.forward_workspace(call));
+  call.workspace = workspace.p;
+  struct Job {
+    const CellKernels& cell;
+    const void* call;
+  };
+  const Job job{cell, &call};
+  run_team(
+      schedule.threads(),
+      [](const Team& team, Barrier* barriers, const void* context) {
+        const Job& job = *static_cast<const Job*>(context);
+        job.cell.forward(*static_cast<const ForwardCall*>(job.call), team, barriers);
+      },
+      &job);
+  Result result;
+  result.y = y.read();
+  for (int i = 0; i < cell.states; ++i) result.final_state[i] = final_state[size_t(i)].read();
+  if (!gradients) return result;
+
+  Buffer<T> d_y(d_result->y), d_x(p.x.size());
+  std::vector<Buffer<T>> d_final, d_initial, d_weights;
+  for (int i = 0; i < cell.states; ++i) {
+    d_final.emplace_back(d_result->final_state[i]);
+    d_initial.emplace_back(p.state[i].size());
+  }
+  for (const Values& w : p.weights) d_weights.emplace_back(w.size());
+  std::vector<void*> d_pointers;
+  for (Buffer<T>& w : d_weights) d_pointers.push_back(w.data());
+  BackwardCall back{};
+  back.stack = s;
+  back.time = p.time;
+  back.schedule = schedule;
+  back.x = call.x;
+  back.d_x = {reinterpret_cast<char*>(d_x.data()), call.x.step, call.x.row, call.x.packed};
+  back.d_y = {reinterpret_cast<const char*>(d_y.data()), p.time.batch * width, width,
+              call.x.packed};
+  for (int i = 0; i < cell.states; ++i) {
+    back.state[i] = initial[size_t(i)].data();
+    back.d_final[i] = d_final[size_t(i)].data();
+    back.d_state[i] = d_initial[size_t(i)].data();
+  }
+  back.y = y.data();
+  back.weights = pointers.data();
+  back.d_weights = d_pointers.data();
+  back.reserve = reserve.p;
+  Aligned back_workspace(cell.backward_workspace(back, schedule.threads()));
+  back.workspace = back_workspace.p;
+  const Job back_job{cell, &back};
+  run_team(
+      schedule.threads(),
+      [](const Team& team, Barrier* barriers, const void* context) {
+        const Job& job = *static_cast<const Job*>(context);
+        job.cell.backward(*static_cast<const BackwardCall*>(job.call), team, barriers);
+      },
+      &back_job);
+  gradients->d_x = d_x.read();
+  for (int i = 0; i < cell.states; ++i) gradients->d_state[i] = d_initial[size_t(i)].read();
+  for (Buffer<T>& w : d_weights) gradients->d_weights.push_back(w.read());
+  return result;
+}
+
+double dot(const Values& a, const Values& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+double largest_difference(const Values& a, const Values& b) {
+  double largest = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
+    const double d = std::fabs(a[i] - b[i]);
+    if (!(d <= largest)) largest = d;  // NaN too
+  }
+  return largest;
+}
+
+int failures = 0;
+
+void check(const Case& c, const char* what, double error, double bound) {
+  if (error <= bound) return;
+  ++failures;
+  std::printf("%s T%d B%d I%d H%d P%d layers %d directions %d%s: %s is off by %.3g, bound %.3g\n",
+              c.cell, int(c.steps), int(c.batch), int(c.input), int(c.hidden), int(c.proj),
+              c.layers, c.directions, c.ragged ? " ragged" : "", what, error, bound);
+}
+
+void run_case(const Case& c, const CellKernels& wide, const CellKernels& narrow) {
+  const Problem p = make_problem(c, wide);
+  const Result expected = plain_forward(p, wide);
+  Result d;
+  d.y = random_values(int64_t(expected.y.size()));
+  for (int i = 0; i < wide.states; ++i)
+    d.final_state[i] = random_values(int64_t(p.state[i].size()));
+
+  Gradients gradients, gradients32;
+  const Result found = run_kernels<double>(p, wide, c.schedule, &d, &gradients);
+  const Result inferred = run_kernels<double>(p, wide, c.schedule, nullptr, nullptr);
+  const Result found32 = run_kernels<float>(p, narrow, c.schedule, &d, &gradients32);
+  check(c, "output", largest_difference(found.y, expected.y), 1e-12);
+  check(c, "output (inference)", largest_difference(inferred.y, found.y), 0);
+  check(c, "output (float)", largest_difference(found32.y, expected.y), 2e-5);
+  for (int i = 0; i < wide.states; ++i) {
+    check(c, "final state", largest_difference(found.final_state[i], expected.final_state[i]),
+          1e-12);
+    check(c, "final state (float)",
+          largest_difference(found32.final_state[i], expected.final_state[i]), 5e-5);
+  }
+
+  // Along one direction that moves everything at once.
+  const double move = 1e-6;
+  double slope = 0;
+  const auto loss = [&](double sign) {
+    std::uint64_t kept = random_state;
+    Problem q = p;
+    const auto shift = [&](Values& v, const Values& gradient) {
+      const Values direction = random_values(int64_t(v.size()));
+      if (sign > 0) slope += dot(gradient, direction);
+      for (size_t i = 0; i < v.size(); ++i) v[i] += sign * move * direction[i];
+    };
+    shift(q.x, gradients.d_x);
+    for (size_t i = 0; i < q.weights.size(); ++i) shift(q.weights[i], gradients.d_weights[i]);
+    for (int i = 0; i < wide.states; ++i) shift(q.state[i], gradients.d_state[i]);
+    random_state = kept;
+    const Result r = plain_forward(q, wide);
+    double sum = dot(r.y, d.y);
+    for (int i = 0; i < wide.states; ++i) sum += dot(r.final_state[i], d.final_state[i]);
+    return sum;
+  };
+  const double measured = (loss(1) - loss(-1)) / (2 * move);
+  const bool kinked = !std::strcmp(c.cell, "rnn_relu");  // a unit may pass 0 on the way
+  check(c, "gradient", std::fabs(measured - slope),
+        (kinked ? 1e-2 : 1e-6) * (1 + std::fabs(slope)));
+
+  double size = 1;
+  for (double g : gradients.d_x) size = std::fmax(size, std::fabs(g));
+  check(c, "input gradient (float)", largest_difference(gradients32.d_x, gradients.d_x),
+        1e-4 * size);
+  for (size_t i = 0; i < gradients.d_weights.size(); ++i) {
+    size = 1;
+    for (double g : gradients.d_weights[i]) size = std::fmax(size, std::fabs(g));
+    check(c, "weight gradient (float)",
+          largest_difference(gradients32.d_weights[i], gradients.d_weights[i]), 1e-4 * size);
+  }
+}
+
+// The contract of csrc/cpu/math.h on a sample of all floats: at most 3 ULP.
+void check_function(const char* name, void (*kernel)(DType, const void*, void*, int64_t),
+                    double (*exact)(double)) {
+  std::vector<float> x, y;
+  for (std::uint32_t bits = 0; bits < 0x7f800000u; bits += 20011) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    x.push_back(value);
+    x.push_back(-value);
+  }
+  y.resize(x.size());
+  kernel(DType::kFloat32, x.data(), y.data(), int64_t(x.size()));
+  double worst = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double truth = exact(x[i]), size = std::fabs(truth);
+    if (size < double(std::numeric_limits<float>::min())) continue;
+    const double ulp = std::ldexp(1.0, std::ilogb(size) - 23);
+    const double error = std::fabs(y[i] - truth) / ulp;
+    if (!(error <= worst)) worst = error;
+  }
+  std::printf("%s: at most %.2f ULP\n", name, worst);
+  if (!(worst <= 3)) ++failures;
+}
+
+}  // namespace
+
+int main() {
+  const char* error = nullptr;
+  const Kernels* kernels = choose_kernels(std::getenv("FASTCELL_ISA"), &error);
+  if (!kernels) {
+    std::printf("FASTCELL_ISA %s\n", error);
+    return 2;
+  }
+  int count = 0;
+  for (int i = 0; i < kernels->cell_count; ++i) {
+    const CellKernels& wide = kernels->cells[int(DType::kFloat64)][i];
+    const CellKernels& narrow = kernels->cells[int(DType::kFloat32)][i];
+    const bool lstm = !std::strcmp(wide.name, "lstm");
+    const Case cases[] = {
+        {wide.name, 1, 1, 1, 1, 0, 1, 1, true, false, {1, 1, 1}},
+        {wide.name, 5, 3, 7, 17, 0, 1, 1, true, false, {1, 1, 2}},
+        {wide.name, 4, 33, 3, 9, 0, 1, 1, false, false, {1, 2, 1}},
+        {wide.name, 6, 5, 4, 13, 0, 2, 2, true, false, {2, 1, 1}},
+        {wide.name, 9, 6, 5, 11, 0, 2, 2, true, true, {1, 1, 2}},
+        {wide.name, 40, 20, 6, 20, 0, 1, 2, true, true, {1, 1, 1}},
+        {wide.name, 6, 4, 5, 33, lstm ? 10 : 0, 2, 2, true, true, {1, 1, 2}},
+        {wide.name, 3, 130, 2, 70, 0, 1, 1, true, false, {1, 1, 2}},
+    };
+    for (const Case& c : cases) {
+      run_case(c, wide, narrow);
+      ++count;
+    }
+  }
+  check_function("tanh", kernels->tanh, [](double x) { return std::tanh(x); });
+  check_function("sigmoid", kernels->sigmoid, sigmoid);
+  std::printf("%s: %d cases, %d failures\n", kernels->isa, count, failures);
+  return failures ? 1 : 0;
+}
