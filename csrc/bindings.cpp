@@ -1,5 +1,4 @@
 // The thin layer between Python and the engines: pointers and sizes in, plain structures out.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -186,10 +185,9 @@ class BoundStack {
   void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                 int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
-                Pointer d_h0, Pointer d_c0, Pointer y, Pointer masks,
-                const std::vector<Pointer>& weights, const std::vector<Pointer>& d_weights,
-                Pointer reserve, Pointer workspace, int64_t d_x_step, int64_t d_x_row,
-                int threads) const {
+                Pointer d_h0, Pointer d_c0, Pointer masks, const std::vector<Pointer>& weights,
+                const std::vector<Pointer>& d_weights, Pointer reserve, Pointer workspace,
+                int64_t d_x_step, int64_t d_x_row, int threads) const {
     const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
     if (weights.size() != expected || d_weights.size() != expected) {
       throw std::invalid_argument("backward: wrong number of weights");
@@ -212,7 +210,6 @@ class BoundStack {
     call.d_final[1] = as(d_c_final);
     call.d_state[0] = as(d_h0);
     call.d_state[1] = as(d_c0);
-    call.y = as(y);
     call.masks = as(masks);
     call.weights = w.data();
     call.d_weights = d_w.data();
@@ -302,24 +299,19 @@ class BoundStream {
   int current_ = 0;
 };
 
-// A checksum over weights: notices those that were written without torch's version counter (through
-// .data or a NumPy view). `whole`: over all elements, where any one that changes shows; else
-// tensors of more than kSmall elements give a sample of 64, since reading them all would cost as
-// much as a step does.
-class Checksum {
+// A hash over weights: notices those that were written without torch's version counter (through
+// .data or a NumPy view). `whole`: over all elements; else tensors of more than kSmall elements
+// give a sample of 64, since reading them all would cost as much as a step does.
+class Hash {
  public:
   void add_whole(const char* data, int64_t bytes) {
     int64_t i = 0;
-    for (; i + int64_t(sizeof sum_) <= bytes; i += sizeof sum_) {
-      std::uint32_t words[kLanes];
+    for (; i + int64_t(sizeof ways_) <= bytes; i += sizeof ways_) {
+      std::uint64_t words[kWays];
       std::memcpy(words, data + i, sizeof words);
-      // Two sums, as Fletcher's: the second makes the order count.
-      for (int lane = 0; lane < kLanes; ++lane) {
-        sum_[lane] += words[lane];
-        sum_of_sums_[lane] += sum_[lane];
-      }
+      for (int way = 0; way < kWays; ++way) ways_[way] = mix(ways_[way], words[way]);
     }
-    for (; i < bytes; i += 4) add_word(data + i, int(i / 4 % kLanes));
+    for (; i < bytes; i += 4) add_word(data + i, int(i / 4 % kWays));
   }
 
   void add_sample(const char* data, int64_t count, int item_size) {
@@ -327,48 +319,51 @@ class Checksum {
     const int64_t each = count / kSamples;
     for (int64_t i = 0; i < kSamples; ++i) {
       // Anywhere within its part, so that samples do not all fall into one row or column.
-      const std::uint64_t random = (std::uint64_t(i) * 0x9E3779B97F4A7C15ull) >> 32;
+      const std::uint64_t random = (std::uint64_t(i) * kFactor) >> 32;
       const int64_t at = i * each + int64_t((random * std::uint64_t(each)) >> 32);
-      for (int k = 0; k < item_size; k += 4) add_word(data + at * item_size + k, int(i % kLanes));
+      for (int k = 0; k < item_size; k += 4) add_word(data + at * item_size + k, int(i % kWays));
     }
   }
 
   std::uint64_t value() const {
     std::uint64_t value = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      value = (value ^ sum_[lane]) * 0x9E3779B97F4A7C15ull;
-      value = (value ^ (value >> 29) ^ sum_of_sums_[lane]) * 0xBF58476D1CE4E5B9ull;
-    }
+    for (std::uint64_t way : ways_) value = mix(value, way);
     return value;
   }
 
  private:
-  static constexpr int kLanes = 16;
+  static constexpr int kWays = 8;  // side by side: one would wait for its own products
+  static constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15ull;
 
-  void add_word(const char* data, int lane) {
-    std::uint32_t word;
-    std::memcpy(&word, data, 4);
-    sum_[lane] += word;
-    sum_of_sums_[lane] += sum_[lane];
+  // For a given `hash` no two words give the same: any one change shows. The shift brings the upper
+  // bits down, without which a changed sign would stay in the top bit, and two would cancel.
+  static std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
+    hash = (hash ^ word) * kFactor;
+    return hash ^ (hash >> 32);
   }
 
-  std::uint32_t sum_[kLanes] = {};
-  std::uint32_t sum_of_sums_[kLanes] = {};
+  void add_word(const char* data, int way) {
+    std::uint32_t word;
+    std::memcpy(&word, data, 4);
+    ways_[way] = mix(ways_[way], word);
+  }
+
+  std::uint64_t ways_[kWays] = {1, 2, 3, 4, 5, 6, 7, 8};
 };
 
 std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size,
                           bool whole) {
   constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
-  Checksum sum;
+  Hash hash;
   for (const auto& [pointer, count] : tensors) {
     const char* data = as<const char>(pointer);
     if (whole || count <= kSmall) {
-      sum.add_whole(data, count * item_size);
+      hash.add_whole(data, count * item_size);
     } else {
-      sum.add_sample(data, count, item_size);
+      hash.add_sample(data, count, item_size);
     }
   }
-  return sum.value();
+  return hash.value();
 }
 
 double measure_fma_peak(int threads, double seconds) {
@@ -465,7 +460,15 @@ PYBIND11_MODULE(_core, m) {
       },
       "The instruction sets that this build and this CPU have, lowest first.");
   m.def(
-      "address", [](const py::array& a) { return reinterpret_cast<Pointer>(a.data()); },
+      "address",
+      [](py::handle array) {
+        Py_buffer view;
+        if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES) != 0)
+          throw py::error_already_set();
+        const auto address = reinterpret_cast<Pointer>(view.buf);
+        PyBuffer_Release(&view);
+        return address;
+      },
       py::arg("array"));
   m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"), py::arg("whole"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),

@@ -107,15 +107,36 @@ def test_final_states_may_be_changed_in_place_and_the_output_without_a_graph(nam
     same_values(*results)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_the_output_may_not_be_changed_in_place_before_backward(name, batch_first):
-    """As for torch's layers on oneDNN and cuDNN: it is kept for the backward pass."""
-    module, _, x = make(name, batch_first=batch_first)
-    output, _ = module(x)
-    output.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+CHANGES = {
+    "relu_": lambda y: y.relu_(),
+    "a residual": lambda y: y.add_(1),
+    "a part": lambda y: y[-1].zero_(),
+    "dropout": lambda y: torch.nn.functional.dropout(y, 1.0, inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_output_may_be_changed_in_place_before_backward(name, change):
+    """As torch.nn's layers allow (but the LSTM that oneDNN runs): ReLU(inplace=True), y += x, ..."""
+    ours, theirs, x = make(name)
+    found = []
+    for layer in (ours, theirs):
+        y = tensors(layer(x))[0]
+        if layer is theirs:  # torch.nn.RNNCell's is what its tanh kept
+            y = y.clone()
+        CHANGES[change](y)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_state_of_a_cell_can_be_detached_in_place(name, batched):
+    ours, _, x = make(name)
+    for h in tensors(ours(x if batched else x[0])):
+        h.detach_()
+        assert not h.requires_grad
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -373,7 +373,7 @@ def sequence_backward(c: SimpleNamespace) -> Any:
     right = call_of("lstm" if len(c.hx) > 1 else "gru")
     output, finals, reserve = sequence_forward(right)
     return torch.ops.fastcell.sequence_backward(
-        output, finals, c.input, c.hx, c.weights, c.batch_sizes, c.masks, output, reserve,
+        output, finals, c.input, c.hx, c.weights, c.batch_sizes, c.masks, reserve,
         *c.config, [True] * (1 + len(c.hx) + len(c.weights)),
     )  # fmt: skip
 
@@ -391,7 +391,7 @@ def functional(c: SimpleNamespace) -> Any:
     )  # fmt: skip
 
 
-# What a right forward call leaves, spoilt: (gradients, output, reserve, needs).
+# What a right forward call leaves, spoilt: (gradients, reserve, needs).
 BACKWARD: dict[str, Callable[[SimpleNamespace], None]] = {
     "grad_output of one step less": spoil(grad_output=lambda c: c.grad_output[1:]),
     "grad_output of one unit less": spoil(grad_output=lambda c: c.grad_output[..., 1:]),
@@ -402,8 +402,6 @@ BACKWARD: dict[str, Callable[[SimpleNamespace], None]] = {
     ),
     "a grad_state less": spoil(grad_states=lambda c: c.grad_states[1:]),
     "a grad_state more": spoil(grad_states=lambda c: [*c.grad_states, c.grad_states[0]]),
-    "output of one step less": spoil(output=lambda c: c.output[1:]),
-    "output of float64": spoil(output=lambda c: c.output.double()),
     "reserve of one less": spoil(reserve=lambda c: c.reserve[1:]),
     "reserve empty": spoil(reserve=lambda c: c.reserve[:0]),
     "reserve of stride 0": spoil(reserve=lambda c: c.reserve[:1].expand(c.reserve.shape)),
@@ -416,15 +414,15 @@ BACKWARD: dict[str, Callable[[SimpleNamespace], None]] = {
 
 def backward_alone(c: SimpleNamespace) -> Any:
     return torch.ops.fastcell.sequence_backward(
-        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, None, c.output, c.reserve,
+        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, None, c.reserve,
         *c.config, c.needs,
     )  # fmt: skip
 
 
 def right_backward(cell: str) -> SimpleNamespace:
     c = call_of(cell)
-    c.output, c.grad_states, c.reserve = sequence_forward(c)
-    c.grad_output, c.needs = c.output, [True] * (1 + len(c.hx) + len(c.weights))
+    c.grad_output, c.grad_states, c.reserve = sequence_forward(c)
+    c.needs = [True] * (1 + len(c.hx) + len(c.weights))
     return c
 
 

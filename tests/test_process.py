@@ -346,6 +346,50 @@ def test_single_elements_written_behind_the_version_counter(cache, sizes, rows, 
                 last = now
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (16, 16), (64, 200), (33, 77)])
+@pytest.mark.parametrize("rows", [(3, 2), (100, 8)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.neg_(),
+        lambda w: w.mul_(2),
+        lambda w: w.mul_(0.5),
+        lambda w: w.numpy().__imul__(-1),
+        lambda w: w.copy_(w.flip(0)),
+        lambda w: w.copy_(w.flip(-1)),
+        lambda w: w.zero_(),
+    ],
+    ids=["neg", "double", "halve", "numpy", "rows in reverse", "columns in reverse", "zero"],
+)
+def test_whole_tensors_written_behind_the_version_counter(cache, sizes, rows, write):
+    layer = fastcell.RNN(*sizes)
+    x = torch.randn(*rows, sizes[0])
+    with torch.no_grad():
+        for w in layer.parameters():
+            before = layer(x)[0]
+            write(w.data)
+            twin = torch.nn.RNN(*sizes)
+            twin.load_state_dict(layer.state_dict())
+            after = layer(x)[0]
+            assert not torch.equal(before, after)
+            torch.testing.assert_close(after, twin(x)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+def test_weights_that_are_views_with_the_negative_bit(cache, name):
+    for kind in (torch.nn.GRU, torch.nn.LSTM, torch.nn.RNN):
+        theirs, ours = kind(5, 7), getattr(fastcell, kind.__name__)(5, 7)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(4, 2, 5)
+        w = torch.randn(getattr(ours, name).shape, requires_grad=True)
+        found = []
+        for layer in (ours, theirs):
+            ours(x)  # what it leaves in the cache must not be used
+            y = torch.func.functional_call(layer, {name: torch._neg_view(w)}, (x,))[0]
+            found.append((y, torch.autograd.grad(y.square().sum(), w)[0]))
+        torch.testing.assert_close(found[0], found[1])
+
+
 def by_optimizer(layer):
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
 

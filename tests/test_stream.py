@@ -144,6 +144,15 @@ def test_nothing_is_allocated_and_no_graph_is_built():
     assert after - before < 2000
 
 
+def test_made_under_inference_mode():
+    layer = fastcell.GRU(I, H)
+    with torch.inference_mode():
+        stream = fastcell.Stream(layer)
+    stream.reset()
+    x = torch.randn(T, 1, I)
+    assert torch.equal(stream(x), whole(layer, x)[0])
+
+
 def test_streams_in_threads():
     layer = fastcell.LSTM(I, 64)
     x = torch.randn(400, 1, I)
@@ -196,8 +205,6 @@ def test_bad_layers_and_states():
             fastcell.Stream(module)
     with pytest.raises(ValueError, match="bidirectional"):
         fastcell.Stream(fastcell.GRU(I, H, bidirectional=True))
-    with pytest.raises(ValueError, match="positive"):
-        fastcell.Stream(fastcell.GRU(I, H), batch_size=0)
     with pytest.raises(ValueError, match="bfloat16"):
         fastcell.Stream(fastcell.GRU(I, H, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="meta"):
@@ -214,7 +221,21 @@ def test_bad_layers_and_states():
     layer.double()
     with pytest.raises(ValueError, match="float64 now"):
         stream.reload()
-    assert "GRU(5, 19)" in repr(stream)
+    small, large = fastcell.GRU(I, 4), fastcell.GRU(I, 40)
+    stream = fastcell.Stream(small)
+    for mine, other in zip(small.parameters(), large.parameters(), strict=True):
+        mine.data = other.data
+    with pytest.raises(ValueError, match=r"states of \(4,\) .* for \(40,\)"):
+        stream.reload()
+    for wrong in ((None,), "a", [None, None]):
+        with pytest.raises(ValueError, match="state must be"):
+            stream.reset(wrong)
+    for number in (2.0, True, 0, "1"):
+        with pytest.raises(ValueError, match="batch_size must be a positive integer"):
+            fastcell.Stream(layer, number)
+    with pytest.raises(TypeError, match="MaskedArray"):
+        stream(np.ma.masked_array(np.zeros((2, I), np.float32)))
+    assert "GRU(5, 4)" in repr(stream)
 
 
 def test_the_audio_example(tmp_path):

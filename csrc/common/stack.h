@@ -94,7 +94,6 @@ struct BackwardCall {
   const void* state[kMaxStates];
   const void* d_final[kMaxStates];  // null: zero
   void* d_state[kMaxStates];        // null: not asked for
-  const void* y;
   const void* masks;
   const void* const* weights;  // flat, torch's order
   void* const* d_weights;      // flat; null entries are not asked for
@@ -119,7 +118,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// What the forward call keeps for the backward call. Independent of instruction set and threads.
+// What the forward call keeps for the backward call. Independent of instruction set and threads. The
+// last layer's output is kept like every other: the caller may change his in place.
 struct ReserveLayout {
   int64_t row_elements;                // in all, per row
   int64_t saved, states, cell_output;  // per row, of one layer and direction
@@ -128,7 +128,7 @@ struct ReserveLayout {
       : saved(saved_values * s.hidden),
         states((state_count - 1) * s.hidden),
         cell_output(s.projected ? s.hidden : 0) {
-    row_elements = each() * s.layers * s.directions + s.output * s.directions * (s.layers - 1);
+    row_elements = (each() + s.output) * s.layers * s.directions;
   }
   FASTCELL_INLINE int64_t each() const { return saved + states + cell_output; }
 

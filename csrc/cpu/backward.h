@@ -420,8 +420,7 @@ class Backward {
       return static_cast<T*>(call.d_weights[flat(dir) * s.weights_each() + i]);
     }
     const T* output(int which) const {
-      return which == s.layers - 1 ? static_cast<const T*>(call.y)
-                                   : reserve + layout.layer_output_at(s, which, time.rows);
+      return reserve + layout.layer_output_at(s, which, time.rows);
     }
     // Gradients of this layer's input are wanted by the caller, or by a layer below that has
     // anything left to compute.

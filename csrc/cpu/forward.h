@@ -181,10 +181,12 @@ class Forward {
 
   static T* layer_output(const ForwardCall& call, const Buffers& buffers, int layer) {
     const Stack& s = call.stack;
+    if (call.reserve) {
+      const ReserveLayout layout(s, Cell::saved, Cell::states);
+      return static_cast<T*>(call.reserve) + layout.layer_output_at(s, layer, call.time.rows);
+    }
     if (layer == s.layers - 1) return static_cast<T*>(call.y);
-    if (!call.reserve) return buffers.layer_output[layer % 2];
-    const ReserveLayout layout(s, Cell::saved, Cell::states);
-    return static_cast<T*>(call.reserve) + layout.layer_output_at(s, layer, call.time.rows);
+    return buffers.layer_output[layer % 2];
   }
 
   static RowMap<const T> layer_input(const ForwardCall& call, const Buffers& buffers, int layer,
@@ -211,7 +213,8 @@ class Forward {
   const Packed& w;
   const RowMap<const T> x;
   const bool reverse;
-  T* const y;  // this direction's columns
+  T* const y;     // this direction's columns
+  T* const copy;  // of y for the caller, where y is the one that is kept; or null
   const int64_t y_stride;
   T* const sums;  // of the rows from sums_first on
   int64_t sums_first;
@@ -235,6 +238,9 @@ class Forward {
         x(x),
         reverse(dir == 1),
         y(layer_output(call, buffers, layer) + dir * call.stack.output),
+        copy(call.reserve && layer == call.stack.layers - 1
+                 ? static_cast<T*>(call.y) + dir * call.stack.output
+                 : nullptr),
         y_stride(call.stack.directions * call.stack.output),
         sums(buffers.sums[dir]),
         sums_first(0),
@@ -432,6 +438,7 @@ class Forward {
       } else {
         state[0].store(h_after + b * h_stride + unit);
         store_first(y + r * y_stride + unit, state[0], valid);
+        if (copy) store_first(copy + r * y_stride + unit, state[0], valid);
         if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
       }
     }
@@ -461,6 +468,9 @@ class Forward {
         for (int i = 0; i < n; ++i) {
           const int64_t count = valid < vectors * lanes ? valid : vectors * lanes;
           std::memcpy(y + (first + b + i) * y_stride + unit, to[i], count * sizeof(T));
+          if (copy) {
+            std::memcpy(copy + (first + b + i) * y_stride + unit, to[i], count * sizeof(T));
+          }
           if (b + i >= alive_next) {
             std::memcpy(final_state[0] + (b + i) * s.output + unit, to[i], count * sizeof(T));
           }

@@ -87,8 +87,8 @@ class WeightGradient {
   static constexpr int64_t kRowsPerBlock = 512;
 
   struct Buffers {
-    T* b;     // shared by the team: two blocks of rows, so that one barrier per block is enough
-    T* a[1];  // per thread
+    T* b;  // shared by the team: two blocks of rows, so that one barrier per block is enough
+    T* a;  // per thread
     int64_t a_stride;
     int64_t b_stride;
 
@@ -98,7 +98,7 @@ class WeightGradient {
       b_stride = (panel_count(max_x) + panel_count(max_h)) * kColumns * depth;
       a_stride = ((kMBlock + kRows - 1) / kRows) * kRows * depth;
       b = arena.take<T>(2 * b_stride);
-      a[0] = arena.take<T>(a_stride * threads);
+      a = arena.take<T>(a_stride * threads);
     }
   };
 
@@ -131,7 +131,7 @@ class WeightGradient {
     if (!any_x && !any_h) return;
     const int64_t x_panels = any_x ? panel_count(x.n) : 0;
     const int64_t h_panels = any_h ? panel_count(h.n) : 0;
-    T* const a_pack = buffers.a[0] + team.index * buffers.a_stride;
+    T* const a_pack = buffers.a + team.index * buffers.a_stride;
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowsPerBlock, half ^= 1, begin = false) {
       const int64_t depth = rows.end - r0 < kRowsPerBlock ? rows.end - r0 : kRowsPerBlock;
       T* const b_pack = buffers.b + half * buffers.b_stride;

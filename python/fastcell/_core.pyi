@@ -133,7 +133,6 @@ class Stack:
         d_c_final: int,
         d_h0: int,
         d_c0: int,
-        y: int,
         masks: int,
         weights: Sequence[int],
         d_weights: Sequence[int],

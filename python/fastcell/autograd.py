@@ -62,7 +62,8 @@ class RecurrentStack(Function):
         )
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, masks, output, reserve, input, *tensors)
+        # Not the output: the caller may change it in place.
+        ctx.save_for_backward(batch_sizes, masks, None, reserve, input, *tensors)
         return output, *states
 
     @staticmethod
@@ -97,6 +98,7 @@ class MappableStack(Function):
         reserve = output[-1]
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
+        # The output tells the rule of vmap whether a whole batch was kept as one.
         ctx.save_for_backward(batch_sizes, masks, output[0], reserve, *tensors)
 
     @staticmethod
@@ -127,9 +129,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
         found = [next(some) if need else None for need in needs]
     else:
         found = operators.backward(
-            config, grads[0], grads[1:], input, hx, weights, batch_sizes, masks, output, reserve,
-            needs,
-        )  # fmt: skip
+            config, grads[0], grads[1:], input, hx, weights, batch_sizes, masks, reserve, needs
+        )
     return None, None, None, None, *found
 
 
@@ -143,15 +144,14 @@ class RecurrentStackGradient(Function):
         needs: Sequence[bool],
         batch_sizes: Tensor | None,
         masks: Tensor | None,
-        output: Tensor,
+        output: Tensor | None,
         reserve: Tensor,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         (grad_output, *grad_states), input, hx, weights = _split(config, state_count, tensors)
         found = operators.backward(
-            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, output,
-            reserve, needs,
-        )  # fmt: skip
+            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, reserve, needs
+        )
         return tuple([grad for grad in found if grad is not None])
 
     @staticmethod

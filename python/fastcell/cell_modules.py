@@ -83,7 +83,11 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             training=False,
             single_step=True,
         )
-        return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
+        drop = 1 if batched else 2
+        if torch._C._get_tracing_state() is not None:  # shapes would become constants
+            return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
+        # No views, whose detach_() would be refused: loops over steps cut their graph so.
+        return tuple([torch.ops.aten._unsafe_view(state, state.shape[drop:]) for state in states])
 
     def _weights(self) -> list[Tensor | None]:
         # Looked up where parameters are first: Module.__getattr__ is slow at this scale. What a

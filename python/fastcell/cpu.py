@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .packing import packed_weights
+from .packing import dense, packed_weights
 from .plan import Config, bound_stack, plan_for
 
 __all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offsets"]
@@ -42,10 +42,6 @@ def _dense_rows(x: Tensor) -> Tensor:
     if x.is_neg():  # a view that only says that its numbers are negated
         x = x.resolve_neg()
     return x if x.stride()[-1] == 1 else x.contiguous()
-
-
-def _dense(t: Tensor) -> Tensor:
-    return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
 def _new(like: Tensor, rows: int, batch: int, width: int) -> Tensor:
@@ -110,10 +106,10 @@ def forward(
     )
     h = c = None
     if hx is not None:
-        h = _dense(hx[0])
-        c = None if c_final is None else _dense(hx[1])
+        h = dense(hx[0])
+        c = None if c_final is None else dense(hx[1])
     if masks is not None:
-        masks = masks.contiguous()
+        masks = dense(masks)
     stack.forward(
         steps,
         batch,
@@ -145,17 +141,16 @@ def backward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     masks: Tensor | None,
-    output: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
 
-    ``output`` and ``reserve`` are what ``forward`` returned for the other arguments.
+    ``reserve`` is what ``forward`` kept for the other arguments.
     """
     stack = plan_for(config, x, weights).stack
-    hx = () if hx is None else [_dense(h) for h in hx]
-    weights = [w.contiguous() for w in weights]
+    hx = () if hx is None else [dense(h) for h in hx]
+    weights = [dense(w) for w in weights]
     # (empty_like is quicker than new_empty, and of a contiguous tensor it is contiguous.)
     x = _dense_rows(x)
     like = (x if x.is_contiguous() else x.new_empty(x.shape), *hx, *weights)
@@ -170,7 +165,6 @@ def backward(
         steps, batch, _ = x.shape
         if config.batch_first:
             steps, batch = batch, steps
-            output = output.transpose(0, 1)
             x_step, x_row, d_x_step, d_x_row = x_row, x_step, d_x_row, d_x_step
             d_y_step, d_y_row = d_y_row, d_y_step
         rows = steps * batch
@@ -183,11 +177,10 @@ def backward(
         _gradients_of_nothing(grads, d_hx, grad_states)
         return grads
 
-    output = output.contiguous()
     if masks is not None:
-        masks = masks.contiguous()
+        masks = dense(masks)
     # None also stands for a second state that the cell does not have.
-    given = [None if g is None else _dense(g) for g in grad_states]
+    given = [None if g is None else dense(g) for g in grad_states]
     d_h_final, d_c_final = (*given, None)[:2]
     h, c = (*hx, None, None)[:2]
     d_h, d_c = (*d_hx, None, None)[:2]
@@ -213,7 +206,6 @@ def backward(
         0 if d_c_final is None else d_c_final.data_ptr(),
         0 if d_h is None else d_h.data_ptr(),
         0 if d_c is None else d_c.data_ptr(),
-        output.data_ptr(),
         0 if masks is None else masks.data_ptr(),
         [w.data_ptr() for w in weights],
         [0 if g is None else g.data_ptr() for g in d_weights],
@@ -290,7 +282,6 @@ def check_backward(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    output: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> None:
@@ -299,15 +290,15 @@ def check_backward(
     if len(needs) != tensors:
         raise RuntimeError(f"needs has one entry for each of {tensors} tensors, got {len(needs)}")
     given = [g for g in (grad_output, *grad_states) if g is not None]
-    _check_alike(x, (*given, output, reserve), "output or gradient")
+    _check_alike(x, (*given, reserve), "reserve or gradient")
     plan = plan_for(config, x, weights)
     _, batch, rows, _ = _extent(x, batch_sizes, config.batch_first)
     shape = (*x.shape[:-1], plan.width)
     kept = rows * plan.stack.reserve_row_elements
-    if output.shape != shape or reserve.numel() != kept or not reserve.is_contiguous():
+    if reserve.numel() != kept or not reserve.is_contiguous():
         raise RuntimeError(
-            f"the backward call needs output of shape {shape} and a contiguous reserve of {kept} "
-            f"elements, got {tuple(output.shape)} and {reserve.numel()}"
+            f"the backward call needs a contiguous reserve of {kept} elements, got shape "
+            f"{tuple(reserve.shape)}"
         )
     expected = [shape, *[(plan.stacked, batch, size) for size in plan.state_sizes]]
     grads = [grad_output, *grad_states]

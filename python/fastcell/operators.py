@@ -50,17 +50,15 @@ def backward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     masks: Tensor | None,
-    output: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The kernels' backward call: gradients of [input, *hx, *weights], None where not needed."""
     if is_plain(input):
         return cpu.backward(
-            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, output,
-            reserve, needs,
-        )  # fmt: skip
-    tensors = (input, list(hx or ()), list(weights), batch_sizes, masks, output, reserve)
+            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, reserve, needs
+        )
+    tensors = (input, list(hx or ()), list(weights), batch_sizes, masks, reserve)
     found = iter(
         torch.ops.fastcell.sequence_backward(
             grad_output, list(grad_states), *tensors, *config, list(needs)
@@ -148,7 +146,7 @@ def _(
     device_types="cpu",
     schema=(
         "(Tensor? grad_output, Tensor?[] grad_states, Tensor input, Tensor[] hx, "
-        "Tensor[] weights, Tensor? batch_sizes, Tensor? masks, Tensor output, Tensor reserve, "
+        "Tensor[] weights, Tensor? batch_sizes, Tensor? masks, Tensor reserve, "
         f"{CONFIG_SCHEMA}, bool[] needs) -> Tensor[]"
     ),
 )
@@ -160,7 +158,6 @@ def _sequence_backward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     masks: Tensor | None,
-    output: Tensor,
     reserve: Tensor,
     cell: str,
     num_layers: int,
@@ -172,11 +169,11 @@ def _sequence_backward(
     config = Config(cell, num_layers, bidirectional, bias, batch_first)
     cpu.check(config, input, hx, weights, batch_sizes, masks)
     cpu.check_backward(
-        config, grad_output, grad_states, input, hx, weights, batch_sizes, output, reserve, needs
+        config, grad_output, grad_states, input, hx, weights, batch_sizes, reserve, needs
     )
     grads = cpu.backward(
-        config, grad_output, grad_states, input, hx or None, weights, batch_sizes, masks, output,
-        reserve, needs,
+        config, grad_output, grad_states, input, hx or None, weights, batch_sizes, masks, reserve,
+        needs,
     )  # fmt: skip
     return [g for g in grads if g is not None]
 

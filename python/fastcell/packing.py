@@ -1,13 +1,13 @@
 """Packed weights: the layout the kernels read, made once per version of the weights.
 
-The cache is the only global state of the package. An entry belongs to a tuple of weight tensors;
-it is used again only while every tensor is the same object, at the same address and the same
-version, and a fingerprint is unchanged. The version counter sees every tracked in-place write (an
-optimizer's step, ``load_state_dict``); the fingerprint sees what bypasses it (writes through
-``.data`` or a NumPy view). It is a checksum of all elements where that costs little beside the
-call: for weights of up to 4,096 elements, and for calls of at least ``_MANY_ROWS`` rows. Smaller
-calls of larger layers look at a sample: a write of a few single elements that bypasses the counter
-can then go unnoticed; ``clear_packed_weights()`` after it.
+An entry of the cache belongs to a tuple of weight tensors; it is used again only while every tensor
+is the same object, at the same address and the same version, and a fingerprint is unchanged. The
+version counter sees every tracked in-place write (an optimizer's step, ``load_state_dict``); the
+fingerprint sees what bypasses it (writes through ``.data`` or a NumPy view). It is a hash of all
+elements where that costs little beside the call: for weights of up to 4,096 elements, and for
+calls of at least ``_MANY_ROWS`` rows. Smaller calls of larger layers look at a sample: a write to a
+part of a weight (an element, a row) that bypasses the counter can then go unnoticed;
+``clear_packed_weights()`` after it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Entry:
         return (
             self.versions == [w._version for w in weights]
             and self.pointers == [w.data_ptr() for w in weights]
-            and all([w.is_contiguous() for w in weights])
+            and all([w.is_contiguous() and not w.is_neg() for w in weights])
             and _core.fingerprint(self.contents, self.item_size, whole)
             == (self.whole if whole else self.sample)
         )
@@ -83,15 +83,21 @@ def packed_weights(
     whole = input.numel() >= _MANY_ROWS * call[2]
     if entry is not None and entry.call == call and entry.serves(weights, whole):
         return entry.plan, entry.packed
-    dense = [w.contiguous() for w in weights]
-    plan = plan_for(config, input, dense)
-    packed = pack(plan, dense, threads)
+    copies = [dense(w) for w in weights]
+    plan = plan_for(config, input, copies)
+    packed = pack(plan, copies, threads)
     # No entry for a copy, which dies with this call, nor for tensors made under inference mode:
     # they have no version counter to tell a change.
-    if all([d is w and not w.is_inference() for d, w in zip(dense, weights, strict=True)]):
+    if all([d is w and not w.is_inference() for d, w in zip(copies, weights, strict=True)]):
         forget = lambda _: _entries.pop(key, None)  # noqa: E731
         _remember(key, _Entry(call, plan, weights, packed, whole, forget))
     return plan, packed
+
+
+def dense(t: Tensor) -> Tensor:
+    """A tensor whose memory the kernels can read, row after row: ``t`` itself, or a copy."""
+    # A view can also only say that its numbers are negated.
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
 def pack(plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _core
 from .cells import CELL_OF_MODE
 from .cpu import DTYPES
-from .packing import pack
+from .packing import dense, pack
 from .plan import Config, plan_for
 
 Block = TypeVar("Block", Tensor, NDArray[np.floating])
@@ -63,13 +63,12 @@ class Stream:
             )
         if module.bidirectional:
             raise ValueError("a stream hears no future: the layer must not be bidirectional")
-        if batch_size < 1 or (threads is not None and threads < 1):
-            raise ValueError(
-                f"batch_size and threads must be positive, got {batch_size} and {threads}"
-            )
-        self.module = module
-        self.batch_size = batch_size
-        self.threads = threads or torch.get_num_threads()
+        for name, number in (("batch_size", batch_size), ("threads", threads or 1)):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{name} must be a positive integer, got {number!r}")
+        self._module = module
+        self._batch_size = batch_size
+        self._threads = threads or torch.get_num_threads()
         self._config = Config(cell, module.num_layers, False, module.bias, False)
         self._features = module.input_size
         self._batch_first = module.batch_first
@@ -79,25 +78,31 @@ class Stream:
     def reload(self) -> None:
         """Take the module's weights as they are now; the state stays."""
         # By name: a parametrization computes its weights when asked.
-        module = self.module
-        weights = [getattr(module, n).detach().contiguous() for n in module._flat_weights_names]
+        module = self._module
+        weights = [dense(getattr(module, n).detach()) for n in module._flat_weights_names]
         dtype = weights[0].dtype
         if any(not w.is_cpu or w.dtype is not dtype or dtype not in DTYPES for w in weights):
             raise ValueError(
                 "a stream needs weights on the CPU, all float32 or all float64, got "
                 f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}"
             )
-        like = weights[0].new_empty(0, self._features)
-        plan = plan_for(self._config, like, weights)
+        plan = plan_for(self._config, weights[0].new_empty(0, self._features), weights)
         if self._steps == 0:
             self.dtype = dtype
-            self._width = plan.width
-            self._bound = _core.Stream(plan.stack, self.batch_size, self.threads)
-            shapes = [(plan.stacked, self.batch_size, size) for size in plan.state_sizes]
-            self._states = [(weights[0].new_zeros(s), weights[0].new_zeros(s)) for s in shapes]
-        elif dtype is not self.dtype:
-            raise ValueError(f"the stream was made for {self.dtype}, the weights are {dtype} now")
-        self._packed = pack(plan, weights, self.threads)
+            self._plan = plan
+            self._bound = _core.Stream(plan.stack, self._batch_size, self._threads)
+            shapes = [(plan.stacked, self._batch_size, size) for size in plan.state_sizes]
+            with torch.inference_mode(False):  # to be changed in place later, wherever that is
+                self._states = [
+                    (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+                    for shape in shapes
+                ]
+        elif (plan.state_sizes, dtype) != (self._plan.state_sizes, self.dtype):
+            raise ValueError(
+                f"the stream was made for states of {self._plan.state_sizes} and {self.dtype}, "
+                f"the weights are for {plan.state_sizes} and {dtype} now"
+            )
+        self._packed = pack(plan, weights, self._threads)
         self._reserve(max(self._steps, 1))
 
     def _reserve(self, steps: int) -> None:
@@ -107,7 +112,7 @@ class Stream:
             size = self._bound.workspace_bytes(steps)
             self._workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
             output = torch.zeros(
-                steps, self.batch_size, self._width, dtype=self.dtype, device="cpu"
+                steps, self._batch_size, self._plan.width, dtype=self.dtype, device="cpu"
             )
             self._output = output, output.numpy()
             self._output_pointer = output.data_ptr()
@@ -119,6 +124,21 @@ class Stream:
             self._workspace.data_ptr(),
             self._steps,
         )
+
+    @property
+    def module(self) -> torch.nn.RNNBase:
+        """The layer whose weights are taken."""
+        return self._module
+
+    @property
+    def batch_size(self) -> int:
+        """Samples that are heard side by side."""
+        return self._batch_size
+
+    @property
+    def threads(self) -> int:
+        """The most threads that a call may use."""
+        return self._threads
 
     @property
     def state(self) -> tuple[Tensor, ...]:
@@ -136,13 +156,15 @@ class Stream:
                 state.zero_()
             return
         given = [hx] if isinstance(hx, Tensor) else list(hx)
-        if [(g.shape, g.dtype, g.is_cpu) for g in given] != [
-            (c.shape, c.dtype, True) for c in current
-        ]:
-            raise ValueError(
-                f"the state must be {[tuple(c.shape) for c in current]} of {self.dtype} on the "
-                f"CPU, got {[(tuple(g.shape), g.dtype, str(g.device)) for g in given]}"
-            )
+        expected = [tuple(c.shape) for c in current]
+        if [tuple(g.shape) if isinstance(g, Tensor) else g for g in given] != expected or any(
+            [g.dtype is not self.dtype or not g.is_cpu for g in given]
+        ):
+            said = [
+                (tuple(g.shape), g.dtype, str(g.device)) if isinstance(g, Tensor) else g
+                for g in given
+            ]
+            raise ValueError(f"the state must be {expected} of {self.dtype} on the CPU, got {said}")
         for state, value in zip(current, given, strict=True):
             state.copy_(value.detach())
 
@@ -155,10 +177,10 @@ class Stream:
                 )
             strides = input.stride()
             if strides[-1:] != (1,) or input.is_neg():
-                input = input.resolve_neg().contiguous()
+                input = dense(input)
                 strides = input.stride()
             pointer = input.data_ptr()
-        elif isinstance(input, np.ndarray):
+        elif isinstance(input, np.ndarray) and not isinstance(input, np.ma.MaskedArray):
             kind, item = 1, input.itemsize
             if input.dtype != _NUMPY[self.dtype]:
                 raise TypeError(f"a block must be {_NUMPY[self.dtype]}, got {input.dtype}")
@@ -181,7 +203,7 @@ class Stream:
             steps, step, row, batch = 1, 0, 0, 1
             if rank == 2:
                 steps, step = shape[0], strides[0]
-        if batch != self.batch_size or not 1 <= rank <= 3 or shape[-1] != self._features:
+        if batch != self._batch_size or not 1 <= rank <= 3 or shape[-1] != self._features:
             self._refuse(shape)
         if steps > self._steps:
             self._reserve(steps)
@@ -200,7 +222,7 @@ class Stream:
         return view[:, 0] if rank == 2 else view[0, 0]
 
     def _refuse(self, shape: Sequence[int]) -> None:
-        batch, features = self.batch_size, self._features
+        batch, features = self._batch_size, self._features
         expected = f"({batch}, T, {features})" if self._batch_first else f"(T, {batch}, {features})"
         if batch == 1:
             expected += f", (T, {features}) or ({features},)"
@@ -208,6 +230,6 @@ class Stream:
 
     def __repr__(self) -> str:
         return (
-            f"Stream({self.module!r}, batch_size={self.batch_size}, threads={self.threads}, "
+            f"Stream({self._module!r}, batch_size={self._batch_size}, threads={self._threads}, "
             f"dtype={self.dtype})"
         )

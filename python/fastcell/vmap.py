@@ -65,7 +65,7 @@ def backward(
     needs: Sequence[bool],
     batch_sizes: Tensor | None,
     masks: Tensor | None,
-    output: Tensor,
+    output: Tensor | None,
     reserve: Tensor,
     *tensors: Any,
 ) -> Mapped:

@@ -272,7 +272,6 @@ Result run_kernels(const Problem& p, const CellKernels& cell, const Schedule& sc
     back.d_final[i] = d_final[size_t(i)].data();
     back.d_state[i] = d_initial[size_t(i)].data();
   }
-  back.y = y.data();
   back.weights = pointers.data();
   back.d_weights = d_pointers.data();
   back.reserve = reserve.p;
