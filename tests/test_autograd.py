@@ -118,7 +118,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_output_may_be_changed_in_place_before_backward(name, change):
-    """As torch.nn's layers allow (but the LSTM that oneDNN runs): ReLU(inplace=True), y += x, ..."""
+    """As torch.nn's layers allow, but the LSTM that oneDNN runs: ReLU(inplace=True), y += x."""
     ours, theirs, x = make(name)
     found = []
     for layer in (ours, theirs):

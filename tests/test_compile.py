@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.func import grad, jvp, vmap
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastcell
 from against_torch import CELLS, LAYERS, same_values, states, tensors
@@ -57,6 +57,20 @@ def gradients(call, model, *inputs):
 
 def compiled(f, **kwargs):
     return torch.compile(f, **{"fullgraph": True, "backend": "aot_eager"} | kwargs)
+
+
+def test_packing_inside_breaks_the_graph_without_a_warning():
+    """torch breaks it at pack_padded_sequence; what runs behind the operators is not traced."""
+    layer = fastcell.GRU(3, 4)
+    x, lengths = torch.randn(5, 3, 3), torch.tensor([5, 4, 2])
+
+    def run(x, lengths):
+        return layer(pack_padded_sequence(x, lengths))[0].data.relu()
+
+    compiled = torch.compile(run, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(x, lengths), run(x, lengths))
 
 
 @pytest.mark.parametrize("name", EVERY)

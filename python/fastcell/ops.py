@@ -281,8 +281,10 @@ def _sequence(
     return output, list(states)
 
 
+# After a graph break Dynamo looks at every Python frame that runs, this one's included, and would
+# warn of what it cannot trace in them.
 _library.impl(  # type: ignore[no-untyped-call]
-    "sequence", _sequence, "CompositeImplicitAutograd"
+    "sequence", torch._disable_dynamo(_sequence), "CompositeImplicitAutograd"
 )
 
 
