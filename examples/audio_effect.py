@@ -99,7 +99,11 @@ def play(effect: LiveAmplifier, dry: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def read_wav(path: str) -> tuple[np.ndarray, int]:
-    with wave.open(path, "rb") as file:
+    try:
+        file = wave.open(path, "rb")
+    except (OSError, EOFError, wave.Error) as error:
+        raise SystemExit(f"{path}: cannot be read as a WAV file: {error}") from None
+    with file:
         if file.getsampwidth() != 2:
             raise SystemExit(f"{path}: needs 16-bit samples, has {8 * file.getsampwidth()} bits")
         sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
@@ -126,15 +130,15 @@ def main() -> None:
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
 
+    sound, rate = (
+        read_wav(args.wav[0]) if args.wav else (pluck(args.seconds, RATE, generator), RATE)
+    )
     dry = pluck(4, RATE, generator)
     model = Amplifier(args.hidden)
     begin = time.perf_counter()
     error = train(model, dry, overdrive(dry), args.steps)
     print(f"learned the effect in {time.perf_counter() - begin:.1f} s: error to signal {error:.2%}")
 
-    sound, rate = (
-        read_wav(args.wav[0]) if args.wav else (pluck(args.seconds, RATE, generator), RATE)
-    )
     effect = LiveAmplifier(model)
     play(effect, sound[: 100 * BLOCK])  # warm up
     effect.stream.reset()

@@ -88,7 +88,13 @@ def train_and_sample(args: argparse.Namespace) -> int:
 
     model = ModelConfig(args.cell, min(EMBEDDING, args.hidden), args.hidden, args.layers)
     config = TrainConfig(args.steps, args.batch, args.window, args.learning_rate, args.seed)
-    training = make_training(model, len(corpus.vocabulary), config)
+    try:
+        training = make_training(model, len(corpus.vocabulary), config)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise UserError(
+            f"{args.layers} layer(s) of {args.hidden} hidden units cannot be made: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not args.json:
         print(heading(corpus, model, config), flush=True)
     try:
