@@ -100,14 +100,14 @@ def play(effect: LiveAmplifier, dry: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def read_wav(path: str) -> tuple[np.ndarray, int]:
     try:
-        file = wave.open(path, "rb")
+        with wave.open(path, "rb") as file:
+            if file.getsampwidth() != 2:
+                raise SystemExit(f"{path}: has {8 * file.getsampwidth()} bits a sample, not 16")
+            sound = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+            mono = sound[:: file.getnchannels()].astype(np.float32) / 32768
+            return mono, file.getframerate()
     except (OSError, EOFError, wave.Error) as error:
-        raise SystemExit(f"{path}: cannot be read as a WAV file: {error}") from None
-    with file:
-        if file.getsampwidth() != 2:
-            raise SystemExit(f"{path}: needs 16-bit samples, has {8 * file.getsampwidth()} bits")
-        sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
-        return np.ascontiguousarray(sound[:: file.getnchannels()]), file.getframerate()
+        raise SystemExit(f"{path}: cannot be read as a WAV file: {error}") from error
 
 
 def write_wav(path: str, sound: np.ndarray, rate: int) -> None:
