@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import composite, cpu, operators, transforms, vmap
 from .autograd import differentiable
@@ -284,7 +285,7 @@ def _sequence(
 # After a graph break Dynamo looks at every Python frame that runs, this one's included, and would
 # warn of what it cannot trace in them.
 _library.impl(  # type: ignore[no-untyped-call]
-    "sequence", torch._disable_dynamo(_sequence), "CompositeImplicitAutograd"
+    "sequence", _disable_dynamo(_sequence), "CompositeImplicitAutograd"
 )
 
 
