@@ -118,7 +118,13 @@ class BoundStack {
     return {steps, batch, rows, as<const int64_t>(offsets)};
   }
 
+  // Every call in this way from now on, whatever it costs; 0 groups: as the model chooses again.
+  void force_schedule(int direction_groups, int batch_groups, int unit_threads) {
+    forced_ = {direction_groups, batch_groups, unit_threads};
+  }
+
   Schedule schedule(const Timeline& time, int threads, bool barriers) const {
+    if (forced_.direction_groups > 0) return forced_;
     return choose_schedule(stack_, time, kernels_, threads, barriers);
   }
 
@@ -239,6 +245,7 @@ class BoundStack {
 
   Stack stack_;
   CellKernels kernels_;
+  Schedule forced_{};
 };
 
 // A stack that is fed block by block, its states kept between the calls: nothing is allocated, and
@@ -497,6 +504,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
       .def("pack", &BoundStack::pack)
       .def("explain", &BoundStack::explain)
+      .def("force_schedule", &BoundStack::force_schedule)
       .def("forward_workspace", &BoundStack::forward_workspace)
       .def("backward_workspace", &BoundStack::backward_workspace)
       .def("forward", &BoundStack::forward)

@@ -8,13 +8,16 @@ namespace {
 
 // Nanoseconds and bytes per nanosecond of a current server core. Only their ratios decide, and only
 // between ways that all give the same result.
-constexpr double kFmaPerLane = 6.0;       // two units at 3 GHz
-constexpr double kNearBandwidth = 100.0;  // weights in the core's own cache
-constexpr double kFarBandwidth = 30.0;    // weights in the shared cache
-constexpr double kBarrier = 250.0;        // per step; plus a little for every thread
+constexpr double kFmaPerLane = 6.0;          // two units at 3 GHz
+constexpr double kNearestBandwidth = 300.0;  // weights in the core's nearest cache
+constexpr double kNearBandwidth = 150.0;     // weights in the core's own cache
+constexpr double kFarBandwidth = 30.0;       // weights in the shared cache
+constexpr double kStep = 150.0;              // of loops and pointers, per step
+constexpr double kBarrier = 400.0;           // per step; plus a little for every thread
 constexpr double kBarrierPerThread = 30.0;
-constexpr double kWake = 5000.0;  // a team's start and end, per call
+constexpr double kWake = 4000.0;  // a team's start and end, per call
 constexpr int kTileRows = 6;
+constexpr double kNearestCache = 32768;
 
 double own_cache_bytes() {
   static const double bytes = [] {
@@ -48,9 +51,12 @@ struct Model {
     const double share = ceiling(units, schedule.unit_threads) / (units > 0 ? units : 1);
 
     const double weights = columns * double(s.output) * item * share;
-    const double bandwidth = weights <= own_cache_bytes() ? kNearBandwidth : kFarBandwidth;
+    const double bandwidth = weights <= kNearestCache              ? kNearestBandwidth
+                             : weights <= 0.75 * own_cache_bytes() ? kNearBandwidth
+                                                                   : kFarBandwidth;
     double step = rows * columns * double(s.output) * share / rate;
     if (weights / bandwidth > step) step = weights / bandwidth;
+    step += kStep;
     if (schedule.unit_threads > 1) step += kBarrier + kBarrierPerThread * schedule.unit_threads;
 
     double total = schedule.threads() > 1 ? kWake : 0;

@@ -81,6 +81,11 @@ class Stack:
     ) -> tuple[int, int, int]:
         """How a call would be shared out: (direction groups, batch groups, threads per group)."""
 
+    def force_schedule(
+        self, direction_groups: int, batch_groups: int, unit_threads: int, /
+    ) -> None:
+        """Share out every call so from now on; zeros: as the model chooses. For tests."""
+
     def forward_workspace(
         self, steps: int, batch: int, rows: int, keep: bool, masks: bool, /
     ) -> int:

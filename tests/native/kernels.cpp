@@ -196,6 +196,21 @@ struct Aligned {
   void* p;
 };
 
+template <class Call>
+void run(const Call& call, void (*kernel)(const Call&, const Team&, Barrier*)) {
+  struct Job {
+    const Call& call;
+    void (*kernel)(const Call&, const Team&, Barrier*);
+  } job{call, kernel};
+  run_team(
+      call.schedule.threads(),
+      [](const Team& team, Barrier* barriers, const void* context) {
+        const Job& job = *static_cast<const Job*>(context);
+        job.kernel(job.call, team, barriers);
+      },
+      &job);
+}
+
 // The kernels at T; with `gradients` also backward, of sum(y * d_y) + sum(final * d_final).
 template <class T>
 Result run_kernels(const Problem& p, const CellKernels& cell, const Schedule& schedule,
@@ -233,18 +248,7 @@ Result run_kernels(const Problem& p, const CellKernels& cell, const Schedule& sc
   if (gradients) call.reserve = reserve.p;
   Aligned workspace(cell.forward_workspace(call));
   call.workspace = workspace.p;
-  struct Job {
-    const CellKernels& cell;
-    const void* call;
-  };
-  const Job job{cell, &call};
-  run_team(
-      schedule.threads(),
-      [](const Team& team, Barrier* barriers, const void* context) {
-        const Job& job = *static_cast<const Job*>(context);
-        job.cell.forward(*static_cast<const ForwardCall*>(job.call), team, barriers);
-      },
-      &job);
+  run(call, cell.forward);
   Result result;
   result.y = y.read();
   for (int i = 0; i < cell.states; ++i) result.final_state[i] = final_state[size_t(i)].read();
@@ -277,14 +281,7 @@ Result run_kernels(const Problem& p, const CellKernels& cell, const Schedule& sc
   back.reserve = reserve.p;
   Aligned back_workspace(cell.backward_workspace(back, schedule.threads()));
   back.workspace = back_workspace.p;
-  const Job back_job{cell, &back};
-  run_team(
-      schedule.threads(),
-      [](const Team& team, Barrier* barriers, const void* context) {
-        const Job& job = *static_cast<const Job*>(context);
-        job.cell.backward(*static_cast<const BackwardCall*>(job.call), team, barriers);
-      },
-      &back_job);
+  run(back, cell.backward);
   gradients->d_x = d_x.read();
   for (int i = 0; i < cell.states; ++i) gradients->d_state[i] = d_initial[size_t(i)].read();
   for (Buffer<T>& w : d_weights) gradients->d_weights.push_back(w.read());
