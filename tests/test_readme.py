@@ -81,7 +81,7 @@ def problem(command: str) -> str:
 
 def make_problem(words: list[str]) -> str:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
+    targets = re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE)
     wrong = [word for word in words if "=" not in word and word not in targets]
     return f"no target {', '.join(wrong)}" if wrong else ""
 
