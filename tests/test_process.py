@@ -328,7 +328,7 @@ def fresh(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [((5, 10), (2, 3)), ((64, 64), (1, 1)), ((100, 90), (64, 8))]
+    ("sizes", "rows"), [((5, 10), (2, 3)), ((64, 64), (1, 1)), ((100, 90), (64, 64))]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_single_elements_written_behind_the_version_counter(cache, sizes, rows, dtype):
