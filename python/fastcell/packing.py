@@ -26,7 +26,7 @@ from .plan import Config, Plan, plan_for
 
 _MAX_ENTRIES = 256
 _MAX_BYTES = 1 << 30
-_MANY_ROWS = 4096  # (t, b) of a call: reading all weights once more is 2 % of it at most, at 13 GB/s
+_MANY_ROWS = 4096  # (t, b) of a call, from which on hashing all weights takes 2 % of it at most
 
 
 class _Entry:
