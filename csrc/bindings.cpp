@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -43,11 +44,27 @@ std::vector<const void*> as_pointers(const std::vector<Pointer>& from) {
   return to;
 }
 
-const CellKernels& kernels_named(const std::string& name, DType dtype) {
+// The position of a name among those of an enumeration.
+template <class E, size_t n>
+E named(const std::string& name, const char* const (&names)[n], const char* what) {
+  std::string all;
+  for (size_t i = 0; i < n; ++i) {
+    if (name == names[i]) return E(i);
+    all += std::string(i ? ", " : "") + names[i];
+  }
+  throw std::invalid_argument(std::string(what) + " must be one of " + all + ", got " + name);
+}
+constexpr const char* kDTypeNames[] = {"float32", "float64"};
+constexpr const char* kProductsNames[] = {"exact", "bfloat16", "int8"};
+constexpr const char* kStorageNames[] = {"same", "bfloat16", "float16"};
+
+const CellKernels& kernels_named(const std::string& name, const Stack& stack) {
   const Kernels& all = kernels();
+  const CellKernels* const cells = all.cells[int(stack.dtype)][int(stack.products)];
+  if (!cells) throw std::invalid_argument("float64 stacks multiply exactly");
   std::string names;
   for (int i = 0; i < all.cell_count; ++i) {
-    const CellKernels& cell = all.cells[int(dtype)][i];
+    const CellKernels& cell = cells[i];
     if (name == cell.name) return cell;
     names += std::string(i ? ", " : "") + cell.name;
   }
@@ -70,9 +87,10 @@ void prefer_huge_pages(void* p, int64_t bytes) {
 // A stack of layers with its kernels: what Python holds per configuration.
 class BoundStack {
  public:
-  BoundStack(const std::string& cell, bool float64, int64_t input, int64_t hidden, int64_t proj,
-             int layers, int directions, bool bias)
-      : stack_{float64 ? DType::kFloat64 : DType::kFloat32,
+  BoundStack(const std::string& cell, const std::string& dtype, const std::string& products,
+             int64_t input, int64_t hidden, int64_t proj, int layers, int directions, bool bias)
+      : stack_{named<DType>(dtype, kDTypeNames, "dtype"),
+               named<Products>(products, kProductsNames, "products"),
                input,
                hidden,
                proj > 0 ? proj : hidden,
@@ -80,7 +98,7 @@ class BoundStack {
                bias,
                layers,
                directions},
-        kernels_(kernels_named(cell, stack_.dtype)) {
+        kernels_(kernels_named(cell, stack_)) {
     if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
@@ -135,14 +153,15 @@ class BoundStack {
   }
 
   // Sizes without tensors: the call's pointers do not matter to it.
-  int64_t forward_workspace(int64_t steps, int64_t batch, int64_t rows, bool keep,
-                            bool masks) const {
+  int64_t forward_workspace(int64_t steps, int64_t batch, int64_t rows, bool keep, bool masks,
+                            bool narrow, int threads) const {
     ForwardCall call{};
     call.stack = stack_;
     call.time = {steps, batch, rows, nullptr};
     call.reserve = keep ? &call : nullptr;
     call.masks = masks ? &call : nullptr;
-    return kernels_.forward_workspace(call);
+    call.x_storage = narrow ? Storage::kBFloat16 : Storage::kSame;
+    return kernels_.forward_workspace(call, threads);
   }
 
   int64_t backward_workspace(int64_t steps, int64_t batch, int64_t rows, bool masks,
@@ -157,12 +176,13 @@ class BoundStack {
   void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y, Pointer h_final,
                Pointer c_final, Pointer masks, Pointer packed, Pointer reserve, Pointer workspace,
-               int threads) const {
+               const std::string& storage, int threads) const {
     ForwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
     call.schedule = schedule(call.time, threads, !crowded());
     call.x = {as<const char>(x), x_step, x_row, offsets != 0};
+    call.x_storage = call.y_storage = named<Storage>(storage, kStorageNames, "storage");
     call.state[0] = as(h0);
     call.state[1] = as(c0);
     call.final_state[0] = as(h_final);
@@ -198,6 +218,7 @@ class BoundStack {
     if (weights.size() != expected || d_weights.size() != expected) {
       throw std::invalid_argument("backward: wrong number of weights");
     }
+    if (!kernels_.backward) throw std::invalid_argument("these kernels have no backward call");
     const std::vector<const void*> w = as_pointers(weights);
     std::vector<void*> d_w;
     d_w.reserve(d_weights.size());
@@ -256,7 +277,7 @@ class BoundStream {
       : stack_(stack), batch_(batch), threads_(threads) {}
 
   int64_t workspace_bytes(int64_t steps) const {
-    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false);
+    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false, false, threads_);
   }
 
   // states: of each kind (h, and c) a pair, current and next, (L, B, features).
@@ -307,8 +328,8 @@ class BoundStream {
 };
 
 // A hash over weights: notices those that were written without torch's version counter (through
-// .data or a NumPy view). `whole`: over all elements; else tensors of more than kSmall elements
-// give a sample of 64, since reading them all would cost as much as a step does.
+// .data or a NumPy view). `whole`: over all elements; else tensors of more than kSmall give a
+// sample of 64 words, since reading them all would cost as much as a step does.
 class Hash {
  public:
   void add_whole(const char* data, int64_t bytes) {
@@ -318,17 +339,19 @@ class Hash {
       std::memcpy(words, data + i, sizeof words);
       for (int way = 0; way < kWays; ++way) ways_[way] = mix(ways_[way], words[way]);
     }
-    for (; i < bytes; i += 4) add_word(data + i, int(i / 4 % kWays));
+    for (; i < bytes; i += 8) {
+      add_word(data + i, bytes - i < 8 ? size_t(bytes - i) : 8, int(i / 8 % kWays));
+    }
   }
 
-  void add_sample(const char* data, int64_t count, int item_size) {
+  void add_sample(const char* data, int64_t bytes) {
     constexpr int64_t kSamples = 64;
-    const int64_t each = count / kSamples;
+    const int64_t each = bytes / (8 * kSamples);
     for (int64_t i = 0; i < kSamples; ++i) {
       // Anywhere within its part, so that samples do not all fall into one row or column.
       const std::uint64_t random = (std::uint64_t(i) * kFactor) >> 32;
       const int64_t at = i * each + int64_t((random * std::uint64_t(each)) >> 32);
-      for (int k = 0; k < item_size; k += 4) add_word(data + at * item_size + k, int(i % kWays));
+      add_word(data + at * 8, 8, int(i % kWays));
     }
   }
 
@@ -349,25 +372,25 @@ class Hash {
     return hash ^ (hash >> 32);
   }
 
-  void add_word(const char* data, int way) {
-    std::uint32_t word;
-    std::memcpy(&word, data, 4);
+  void add_word(const char* data, size_t bytes, int way) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, data, bytes);
     ways_[way] = mix(ways_[way], word);
   }
 
   std::uint64_t ways_[kWays] = {1, 2, 3, 4, 5, 6, 7, 8};
 };
 
-std::uint64_t fingerprint(const std::vector<std::pair<Pointer, int64_t>>& tensors, int item_size,
+std::uint64_t fingerprint(const std::vector<std::tuple<Pointer, int64_t, int64_t>>& tensors,
                           bool whole) {
   constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
   Hash hash;
-  for (const auto& [pointer, count] : tensors) {
+  for (const auto& [pointer, count, item_size] : tensors) {
     const char* data = as<const char>(pointer);
     if (whole || count <= kSmall) {
       hash.add_whole(data, count * item_size);
     } else {
-      hash.add_sample(data, count, item_size);
+      hash.add_sample(data, count * item_size);
     }
   }
   return hash.value();
@@ -455,6 +478,18 @@ PYBIND11_MODULE(_core, m) {
       py::arg("wanted") = py::none(),
       "Whether AVX-512 kernels divide by estimate and correction; sets it, for tests.");
   m.def(
+      "dot_products",
+      [](std::optional<bool> wanted) {
+        const bool before = bfloat16_dots || int8_dots;
+        if (wanted) {
+          bfloat16_dots = *wanted && has_bfloat16_dots();
+          int8_dots = *wanted && has_int8_dots();
+        }
+        return before;
+      },
+      py::arg("wanted") = py::none(),
+      "Whether AVX-512 kernels use BF16 and VNNI, which the CPU has; sets it, for tests.");
+  m.def(
       "isas",
       [] {
         int count;
@@ -477,7 +512,7 @@ PYBIND11_MODULE(_core, m) {
         return address;
       },
       py::arg("array"));
-  m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("item_size"), py::arg("whole"));
+  m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("whole"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
         "float32 operations per second of independent FMA chains on all threads together.");
   m.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("bytes_per_thread"),
@@ -497,9 +532,11 @@ PYBIND11_MODULE(_core, m) {
   bind_map("sigmoid", false);
 
   py::class_<BoundStack>(m, "Stack", "A configuration of layers with the kernels that run it.")
-      .def(py::init<const std::string&, bool, int64_t, int64_t, int64_t, int, int, bool>(),
-           py::arg("cell"), py::arg("float64"), py::arg("input"), py::arg("hidden"),
-           py::arg("proj"), py::arg("layers"), py::arg("directions"), py::arg("bias"))
+      .def(py::init<const std::string&, const std::string&, const std::string&, int64_t, int64_t,
+                    int64_t, int, int, bool>(),
+           py::arg("cell"), py::arg("dtype"), py::arg("products"), py::arg("input"),
+           py::arg("hidden"), py::arg("proj"), py::arg("layers"), py::arg("directions"),
+           py::arg("bias"))
       .def_property_readonly("packed_bytes", &BoundStack::packed_bytes)
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
       .def("pack", &BoundStack::pack)

@@ -37,6 +37,7 @@ class Operands(NamedTuple):
     bidirectional: bool
     bias: bool
     batch_first: bool
+    products: str = "exact"
 
     @property
     def config(self) -> tuple[Any, ...]:

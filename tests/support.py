@@ -355,7 +355,7 @@ def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
 def assert_equal_bits(actual: Tensor, expected: Tensor, name: str = "value") -> None:
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
     assert actual.dtype is expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
-    integers = torch.int32 if actual.dtype is torch.float32 else torch.int64
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     mine, theirs = (t.detach().contiguous().view(integers) for t in (actual, expected))
     different = (mine != theirs).nonzero()
     if len(different):

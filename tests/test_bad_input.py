@@ -266,7 +266,7 @@ def call_of(cell: str) -> SimpleNamespace:
         weights=weights,
         batch_sizes=None,
         masks=None,
-        config=[cell, 2, False, True, False],
+        config=[cell, 2, False, True, False, "exact"],
     )
 
 
@@ -323,7 +323,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], None]] = {
     "bias empty": weight(2, lambda w: w[:0]),
     "bias of float64": weight(2, lambda w: w.double()),
     "bias on meta": weight(2, lambda w: w.to("meta")),
-    "unknown cell": spoil(config=["lru", 2, False, True, False]),
+    "unknown cell": spoil(config=["lru", 2, False, True, False, "exact"]),
     "no layers": lambda c: c.config.__setitem__(1, 0),
     "layers negative": lambda c: c.config.__setitem__(1, -2),
     "layers overflow": lambda c: c.config.__setitem__(1, 2**62),
@@ -379,7 +379,7 @@ def sequence_backward(c: SimpleNamespace) -> Any:
 
 
 def functional(c: SimpleNamespace) -> Any:
-    cell, layers, bidirectional, bias, batch_first = c.config
+    cell, layers, bidirectional, bias, batch_first, _ = c.config
     if c.masks is not None:
         raise ValueError("not an argument")
     hx: Any = tuple(c.hx) if cell == "lstm" else c.hx[0]
@@ -504,14 +504,17 @@ def test_functions_and_operators_refuse(call, reported):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("lru", False, 2, 3, 0, 1, 1, True),
-        ("gru", False, -1, 3, 0, 1, 1, True),
-        ("gru", False, 2, 0, 0, 1, 1, True),
-        ("gru", False, 2, -3, 0, 1, 1, True),
-        ("gru", False, 2, 3, 0, 0, 1, True),
-        ("gru", False, 2, 3, 0, 1, 3, True),
-        ("gru", False, 2, 3, 0, 1, 0, True),
-        ("gru", False, 2**70, 3, 0, 1, 1, True),
+        ("lru", "float32", "exact", 2, 3, 0, 1, 1, True),
+        ("gru", "float16", "exact", 2, 3, 0, 1, 1, True),
+        ("gru", "float32", "int4", 2, 3, 0, 1, 1, True),
+        ("gru", "float64", "int8", 2, 3, 0, 1, 1, True),
+        ("gru", "float32", "exact", -1, 3, 0, 1, 1, True),
+        ("gru", "float32", "exact", 2, 0, 0, 1, 1, True),
+        ("gru", "float32", "exact", 2, -3, 0, 1, 1, True),
+        ("gru", "float32", "exact", 2, 3, 0, 0, 1, True),
+        ("gru", "float32", "exact", 2, 3, 0, 1, 3, True),
+        ("gru", "float32", "exact", 2, 3, 0, 1, 0, True),
+        ("gru", "float32", "exact", 2**70, 3, 0, 1, 1, True),
     ],
 )
 def test_a_stack_refuses_sizes_that_cannot_be(arguments):

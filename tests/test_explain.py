@@ -93,7 +93,28 @@ def test_autocast_is_named():
     half = layer.to(torch.bfloat16)
     said = explain(half, x.to(torch.bfloat16))
     assert (said.dtype, said.arithmetic) == (torch.bfloat16, torch.float32)
-    assert said.path == "kernel"
+    assert (said.path, said.products) == ("kernel", "bfloat16")
+    assert not said.packed
+    assert "packed by every call" in str(said)
+    with torch.no_grad():
+        half(x.to(torch.bfloat16))
+        said = explain(half, x.to(torch.bfloat16))
+    assert said.packed
+    assert "already packed" in str(said)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_quantized_layers_and_cells(dtype):
+    x = torch.randn(2, 1, 3)
+    name = str(dtype).removeprefix("torch.")
+    for module, given in ((fastcell.LSTM(3, 5), x), (torch.nn.GRUCell(3, 5), x[0])):
+        small = fastcell.quantize(module, dtype)
+        assert explain(small).products == name
+        small(given)
+        said = explain(small, given)
+        assert (said.engine, said.path, said.products) == ("cpu", "kernel", name)
+        assert (said.dtype, said.packed) == (torch.float32, True)
+        assert f"products of {name}" in str(said)
 
 
 def test_meta_tensors_have_shapes_only():

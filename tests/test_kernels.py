@@ -173,7 +173,7 @@ def test_dropout_masks(case, form):
         states = [state.index_select(1, order) for state in states]
     output, finals = torch.ops.fastcell.sequence(
         x, states, list(layer.parameters()), batch_sizes, given,
-        case.cell, case.layers, True, case.bias, False,
+        case.cell, case.layers, True, case.bias, False, "exact",
     )  # fmt: skip
     if order is not None:
         packed = torch.nn.utils.rnn.PackedSequence(output, batch_sizes, order, back)

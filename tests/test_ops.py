@@ -106,7 +106,7 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
 
     monkeypatch.setattr(cpu, "forward", observed)
     layer, x = fastcell.GRU(3, 4), torch.randn(2, 1, 3)
-    arguments = (x, [], layer._flat_weights, None, None, "gru", 1, False, True, False)
+    arguments = (x, [], layer._flat_weights, None, None, "gru", 1, False, True, False, "exact")
     layer(x)
     sequence(*arguments)
     assert kept == [True, True]

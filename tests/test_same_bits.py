@@ -43,7 +43,15 @@ def per_sample(values: Values) -> Values:
 def schedule(case: Case, count: int) -> tuple[int, int, int]:
     """How the kernels share a call out: (direction groups, batch groups, threads per group)."""
     stack = _core.Stack(
-        case.cell, case.dtype is F64, case.I, case.H, case.proj, case.layers, case.directions, True
+        case.cell,
+        "float64" if case.dtype is F64 else "float32",
+        "exact",
+        case.I,
+        case.H,
+        case.proj,
+        case.layers,
+        case.directions,
+        True,
     )
     found: tuple[int, int, int] = stack.explain(case.T, case.B, case.T * case.B, 0, count)
     return found

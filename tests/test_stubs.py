@@ -110,7 +110,7 @@ def test_the_stub_is_the_module():
     ("right", "wrong", "name"),
     [
         ("def isas()", "def isa_names()", "isas"),
-        ("item_size: int", "size: int", "fingerprint"),
+        ("whole: bool", "all: bool", "fingerprint"),
         ("def packed_bytes(self)", "def packed_size(self)", "Stack.packed_bytes"),
         ("layers: int,", "", "Stack.__init__"),
         ("threads: int, /) -> None", "threads: int) -> None", "Stack.pack"),

@@ -16,9 +16,19 @@ constexpr int kMaxStates = 2;
 enum class DType { kFloat32, kFloat64 };
 constexpr int kDTypes = 2;
 
+// What the products of the forward pass multiply: numbers of the stack's own dtype; both rounded to
+// bfloat16; or both quantized to 8 bits, the weights by column and the others by row, as they come.
+// Sums, states and the cell's maths have the stack's dtype in any case.
+enum class Products { kExact, kBFloat16, kInt8 };
+constexpr int kProducts = 3;
+
+// How a caller's tensor holds numbers: in the stack's dtype, or in 16 bits.
+enum class Storage { kSame, kBFloat16, kFloat16 };
+
 // A stack of recurrent layers, as its constructor describes it.
 struct Stack {
   DType dtype;
+  Products products;
   int64_t input;   // features of x_t
   int64_t hidden;  // hidden units
   int64_t output;  // features of h_t: the projection's size, or hidden
@@ -31,8 +41,12 @@ struct Stack {
     return layer == 0 ? input : directions * output;
   }
   FASTCELL_INLINE int64_t state_size(int state) const { return state == 0 ? output : hidden; }
-  // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
-  FASTCELL_INLINE int weights_each() const { return 2 + (bias ? 2 : 0) + (projected ? 1 : 0); }
+  // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], then for kInt8 what an
+  // integer weight stands for, per row of w_ih, w_hh[, w_hr].
+  FASTCELL_INLINE int scales_at() const { return 2 + (bias ? 2 : 0) + (projected ? 1 : 0); }
+  FASTCELL_INLINE int weights_each() const {
+    return scales_at() + (products == Products::kInt8 ? 2 + (projected ? 1 : 0) : 0);
+  }
 };
 
 // Which rows exist: step t has alive(t) samples, a prefix of the batch; rows are time-major.
@@ -74,7 +88,8 @@ struct ForwardCall {
   Stack stack;
   Timeline time;
   Schedule schedule;
-  RowMap<const char> x;           // in elements; base as bytes
+  RowMap<const char> x;  // in elements; base as bytes
+  Storage x_storage, y_storage;
   const void* state[kMaxStates];  // (L*D, B, .) each, or null for zeros
   void* final_state[kMaxStates];  // (L*D, B, .) each
   void* y;                        // (rows, D*output)
@@ -118,8 +133,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// What the forward call keeps for the backward call. Independent of instruction set and threads. The
-// last layer's output is kept like every other: the caller may change his in place.
+// What the forward call keeps for the backward call. Independent of instruction set and threads.
+// The last layer's output is kept like every other: the caller may change his in place.
 struct ReserveLayout {
   int64_t row_elements;                // in all, per row
   int64_t saved, states, cell_output;  // per row, of one layer and direction

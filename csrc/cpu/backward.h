@@ -225,10 +225,10 @@ class Backward {
       }
       alignas(64) T zeros[kMaxVectors * lanes] = {};
       const T* panel = h_weights + over_h.offset(p);
-      multiply_panel<T>(a, to, n, panel, vectors, joined * s.hidden, lanes, zeros);
+      multiply_panel<Plain<T>>(a, to, n, panel, vectors, joined * s.hidden, lanes, zeros);
       if constexpr (A > 0) {
-        multiply_panel<T>(a_apart, to, n, panel + joined * s.hidden * vectors * lanes, vectors,
-                          A * s.hidden, lanes, nullptr);
+        multiply_panel<Plain<T>>(a_apart, to, n, panel + joined * s.hidden * vectors * lanes,
+                                 vectors, A * s.hidden, lanes, nullptr);
       }
       if constexpr (Cell::direct) {
         // Added last: the many small terms of the product are not rounded at its size.
@@ -292,8 +292,8 @@ class Backward {
             a[i] = d_output_now + (b + i) * s.output;
             to[i] = block + i * vectors * lanes;
           }
-          multiply_panel<T>(a, to, n, r_weights + over_m.offset(p), vectors, over_m.depth, lanes,
-                            zeros);
+          multiply_panel<Plain<T>>(a, to, n, r_weights + over_m.offset(p), vectors, over_m.depth,
+                                   lanes, zeros);
           for (int i = 0; i < n; ++i) {
             finish_row(over_m, p, to[i], t, b + i, first + b + i, d_gates_now);
           }

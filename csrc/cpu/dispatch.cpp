@@ -13,6 +13,25 @@ bool estimate_quotients = [] {
 #endif
 }();
 
+bool has_bfloat16_dots() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
+bool has_int8_dots() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni") != 0;
+#else
+  return false;
+#endif
+}
+
+bool bfloat16_dots = has_bfloat16_dots();
+bool int8_dots = has_int8_dots();
+
 #define FASTCELL_DECLARE(isa) \
   namespace isa {             \
   extern const Kernels table; \

@@ -6,7 +6,7 @@
 
 namespace fastcell {
 
-// The kernels of one cell at one dtype.
+// The kernels of one cell at one dtype and one kind of products.
 struct CellKernels {
   const char* name;
   int saved;  // values kept per hidden unit and row for the backward call
@@ -15,16 +15,16 @@ struct CellKernels {
   int lanes;  // of one vector
   int64_t (*packed_bytes)(const Stack&);
   void (*pack)(const Stack&, const void* const* weights, void* packed, const Team&);
-  int64_t (*forward_workspace)(const ForwardCall&);
+  int64_t (*forward_workspace)(const ForwardCall&, int threads);
   void (*forward)(const ForwardCall&, const Team&, Barrier*);
-  int64_t (*backward_workspace)(const BackwardCall&, int threads);
+  int64_t (*backward_workspace)(const BackwardCall&, int threads);  // null: forward only
   void (*backward)(const BackwardCall&, const Team&, Barrier*);
 };
 
 struct Kernels {
   const char* isa;
   int cell_count;
-  const CellKernels* cells[kDTypes];
+  const CellKernels* cells[kDTypes][kProducts];  // null: there are none
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);
@@ -43,6 +43,10 @@ const Kernels* choose_kernels(const char* wanted, const char** error);
 
 // Whether AVX-512 kernels divide by estimate (simd.h, quotient()): by what the CPU is.
 extern bool estimate_quotients;
+// Whether the instructions of AVX-512 BF16 and VNNI are used (precision.h): by what the CPU has.
+extern bool bfloat16_dots, int8_dots;
+bool has_bfloat16_dots();
+bool has_int8_dots();
 
 // How `threads` threads should share a call; without `barriers`, only in ways that need none per
 // step.

@@ -9,27 +9,44 @@
 #pragma once
 
 #include "math.h"
+#include "precision.h"
 #include "rows.h"
 
 namespace fastcell::FASTCELL_ISA {
 
 // The weights of one layer and direction as pack() lays them out.
-template <class T, class Cell>
+template <class T, class Cell, class Precision>
 struct PackedDirection {
-  Panels<T> x, h, r;
-  T *x_weights, *h_weights, *r_weights;
+  using Element = typename Precision::Element;
+
+  Panels<T> x, h, r;  // depths in groups
+  Element *x_weights, *h_weights, *r_weights;
   T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
+  T *x_scales, *h_scales, *r_scales;  // [block][slot][lane], where the precision has them
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
-      : x{Cell::gates, s.hidden, s.layer_input(layer)},
-        h{Cell::gates, s.hidden, s.output},
-        r{1, s.projected ? s.output : 0, s.hidden} {
-    x_weights = arena.take<T>(x.size());
-    h_weights = arena.take<T>(h.size());
-    r_weights = arena.take<T>(r.size());
+      : x{Cell::gates, s.hidden, groups(s.layer_input(layer))},
+        h{Cell::gates, s.hidden, groups(s.output)},
+        r{1, s.projected ? s.output : 0, groups(s.hidden)} {
+    x_weights = arena.take<Element>(x.size() * Precision::group);
+    h_weights = arena.take<Element>(h.size() * Precision::group);
+    r_weights = arena.take<Element>(r.size() * Precision::group);
     x_bias = arena.take<T>(x.padded_units() * Cell::gates);
     h_bias = arena.take<T>(x.padded_units() * Cell::apart);
+    const int64_t scaled = Precision::scaled;
+    x_scales = arena.take<T>(scaled * x.padded_units() * Cell::gates);
+    h_scales = arena.take<T>(scaled * h.padded_units() * Cell::gates);
+    r_scales = arena.take<T>(scaled * r.padded_units());
+  }
+
+  static constexpr int64_t groups(int64_t depth) {
+    return (depth + Precision::group - 1) / Precision::group;
+  }
+
+  // What multiplying by one panel takes.
+  static const Element* panel(const Panels<T>& panels, const Element* weights, int64_t p) {
+    return weights + panels.offset(p) * Precision::group;
   }
 };
 
@@ -49,11 +66,12 @@ struct Slots {
   }
 };
 
-template <class T, template <class> class CellOf>
+template <class T, template <class> class CellOf, class Precision>
 struct Packing {
   using V = Vec<T>;
   using Cell = CellOf<V>;
-  using Packed = PackedDirection<T, Cell>;
+  using Element = typename Precision::Element;
+  using Packed = PackedDirection<T, Cell, Precision>;
 
   static int64_t bytes(const Stack& s) {
     Arena arena(nullptr);
@@ -68,21 +86,40 @@ struct Packing {
     for (int layer = 0; layer < s.layers; ++layer) {
       for (int dir = 0; dir < s.directions; ++dir, weights += s.weights_each()) {
         const Packed to(s, layer, arena);
-        const auto share = [&](const Panels<T>& p) {
-          return part(p.count(), team.index, team.size);
+        const auto pack = [&](const Panels<T>& panels, const void* from, int64_t depth, Element* to,
+                              int first_gate) {
+          Precision::pack(panels, static_cast<const Element*>(from), depth, to,
+                          part(panels.count(), team.index, team.size), first_gate);
         };
-        const auto pack = [&](const Panels<T>& panels, const void* from, T* to, int first_gate) {
-          pack_transposed(panels, static_cast<const T*>(from), to, share(panels), first_gate);
-        };
-        pack(to.x, weights[0], to.x_weights, Slots<Cell>::gate_of(0));
-        pack(to.h, weights[1], to.h_weights, 0);
-        if (s.projected) pack(to.r, weights[s.weights_each() - 1], to.r_weights, 0);
-        if (team.index == 0) pack_bias(s, weights, to);
+        const int first = Slots<Cell>::gate_of(0);
+        pack(to.x, weights[0], s.layer_input(layer), to.x_weights, first);
+        pack(to.h, weights[1], s.output, to.h_weights, 0);
+        if (s.projected) pack(to.r, weights[s.scales_at() - 1], s.hidden, to.r_weights, 0);
+        if (team.index > 0) continue;
+        pack_bias(s, weights, to);
+        if constexpr (Precision::scaled) {
+          const void* const* scales = weights + s.scales_at();
+          pack_scales(to.x, scales[0], to.x_scales, first);
+          pack_scales(to.h, scales[1], to.h_scales, 0);
+          if (s.projected) pack_scales(to.r, scales[2], to.r_scales, 0);
+        }
       }
     }
   }
 
  private:
+  // One value per row of a weight matrix, in the order of the panels' columns.
+  static void pack_scales(const Panels<T>& panels, const void* from, T* to, int first_gate) {
+    const T* const scales = static_cast<const T*>(from);
+    for (int64_t unit = 0; unit < panels.padded_units(); ++unit) {
+      for (int slot = 0; slot < panels.gates; ++slot) {
+        const int gate = (first_gate + slot) % panels.gates;
+        to[(unit / V::lanes * panels.gates + slot) * V::lanes + unit % V::lanes] =
+            unit < panels.units ? scales[gate * panels.units + unit] : T(0);
+      }
+    }
+  }
+
   static void pack_bias(const Stack& s, const void* const* weights, const Packed& to) {
     const T* b_ih = s.bias ? static_cast<const T*>(weights[2]) : nullptr;
     const T* b_hh = s.bias ? static_cast<const T*>(weights[3]) : nullptr;
@@ -104,26 +141,26 @@ struct Packing {
   }
 };
 
-template <class T, template <class> class CellOf>
+template <class T, template <class> class CellOf, class Precision>
 class Forward {
  public:
-  static int64_t workspace_bytes(const ForwardCall& call) {
+  static int64_t workspace_bytes(const ForwardCall& call, int threads) {
     Arena arena(nullptr);
-    Buffers(call, arena);
+    Buffers(call, threads, arena);
     return arena.used();
   }
 
   static void run(const ForwardCall& call, const Team& team, Barrier* barriers) {
     Arena workspace(call.workspace);
-    const Buffers buffers(call, workspace);
+    const Buffers buffers(call, team.size, workspace);
     const Place place(call.schedule, team, barriers, call.time.batch);
     Arena packed(const_cast<void*>(call.packed));
     for (int layer = 0; layer < call.stack.layers; ++layer) {
-      const RowMap<const T> x = layer_input(call, buffers, layer, team);
+      const Input x = layer_input(call, buffers, layer, team);
       for (int dir = 0; dir < call.stack.directions; ++dir) {
         const Packed weights(call.stack, layer, packed);
         if (dir % place.directions != place.direction_group) continue;
-        Forward(call, buffers, place, weights, x, layer, dir).run_direction();
+        Forward(call, buffers, team, place, weights, x, layer, dir).run_direction();
       }
       team.sync();
     }
@@ -132,7 +169,8 @@ class Forward {
  private:
   using V = Vec<T>;
   using Cell = CellOf<V>;
-  using Packed = PackedDirection<T, Cell>;
+  using Element = typename Precision::Element;
+  using Packed = PackedDirection<T, Cell, Precision>;
   static constexpr int G = Cell::gates;
   static constexpr int A = Cell::apart;
   static constexpr int joined = G - A;
@@ -144,6 +182,18 @@ class Forward {
   // Elements of one row of a full panel's sums.
   static int64_t sums_width(const Panels<T>& h) { return h.blocks_each() * (G + A) * lanes; }
 
+  // Rows of a layer's input, as the caller or the layer below stored them.
+  struct Input {
+    RowMap<const char> map;  // in elements
+    Storage storage;
+    int64_t item() const { return storage == Storage::kSame ? int64_t(sizeof(T)) : 2; }
+    FASTCELL_INLINE const char* at(int64_t t, int64_t b, int64_t r) const {
+      return map.base + (map.at(t, b, r) - map.base) * item();
+    }
+  };
+  // Whether rows of x must be copied before a product takes them.
+  static bool prepares(Storage storage) { return Precision::prepared || storage != Storage::kSame; }
+
   struct Buffers {
     T* layer_output[2];  // inner layers when nothing is kept
     T* dropped;          // an inner layer's output after dropout
@@ -151,10 +201,12 @@ class Forward {
     T* h[2][2];          // per direction, double-buffered: (B, padded output)
     T* c[2];             // per direction: (B, padded hidden) of the states behind h
     T* m[2];             // per direction: (B, padded hidden), before the projection
+    char* x_rows;        // per thread: rows made ready for the product, of one chunk or step
+    char* h_rows;        // per thread: (B, .) of h or m
     int64_t chunk;       // steps
-    int64_t h_stride, c_stride;
+    int64_t h_stride, c_stride, x_bytes, h_bytes;
 
-    Buffers(const ForwardCall& call, Arena& arena) {
+    Buffers(const ForwardCall& call, int threads, Arena& arena) {
       const Stack& s = call.stack;
       const Timeline& time = call.time;
       const int64_t width = s.directions * s.output;
@@ -176,24 +228,30 @@ class Forward {
         c[dir] = arena.take<T>((Cell::states - 1) * time.batch * c_stride);
         m[dir] = arena.take<T>(s.projected ? time.batch * c_stride : 0);
       }
+      const int64_t features = s.layers > 1 && width > s.input ? width : s.input;
+      x_bytes = Precision::row_bytes(features);
+      h_bytes = Precision::row_bytes(s.projected ? s.hidden : s.output);
+      const int64_t x_count = prepares(call.x_storage) ? chunk * time.batch : 0;
+      const int64_t h_count = Precision::prepared ? time.batch : 0;
+      x_rows = arena.take<char>(threads * x_count * x_bytes);
+      h_rows = arena.take<char>(threads * h_count * h_bytes);
     }
   };
 
+  // Where a layer's output is kept for the next layer or for the backward pass, in T; null for a
+  // last layer of which nothing is kept.
   static T* layer_output(const ForwardCall& call, const Buffers& buffers, int layer) {
     const Stack& s = call.stack;
     if (call.reserve) {
       const ReserveLayout layout(s, Cell::saved, Cell::states);
       return static_cast<T*>(call.reserve) + layout.layer_output_at(s, layer, call.time.rows);
     }
-    if (layer == s.layers - 1) return static_cast<T*>(call.y);
-    return buffers.layer_output[layer % 2];
+    return layer == s.layers - 1 ? nullptr : buffers.layer_output[layer % 2];
   }
 
-  static RowMap<const T> layer_input(const ForwardCall& call, const Buffers& buffers, int layer,
-                                     const Team& team) {
-    if (layer == 0) {
-      return {reinterpret_cast<const T*>(call.x.base), call.x.step, call.x.row, call.x.packed};
-    }
+  static Input layer_input(const ForwardCall& call, const Buffers& buffers, int layer,
+                           const Team& team) {
+    if (layer == 0) return {call.x, call.x_storage};
     const int64_t width = call.stack.directions * call.stack.output;
     const T* input = layer_output(call, buffers, layer - 1);
     if (call.masks) {
@@ -204,17 +262,20 @@ class Forward {
       team.sync();
       input = buffers.dropped;
     }
-    return {input, call.time.batch * width, width, true};
+    return {{reinterpret_cast<const char*>(input), call.time.batch * width, width, true},
+            Storage::kSame};
   }
 
   const Stack& s;
   const Timeline& time;
   const Place& place;
   const Packed& w;
-  const RowMap<const T> x;
+  const Input x;
+  const int64_t features;  // of x
   const bool reverse;
-  T* const y;     // this direction's columns
-  T* const copy;  // of y for the caller, where y is the one that is kept; or null
+  T* const y;          // this direction's columns of what is kept, or null
+  char* const output;  // the same of the caller's, or null
+  const Storage output_storage;
   const int64_t y_stride;
   T* const sums;  // of the rows from sums_first on
   int64_t sums_first;
@@ -225,22 +286,30 @@ class Forward {
   T* c;
   T* m;
   const int64_t h_stride, c_stride, chunk;
+  const bool x_prepared;  // rows of x are copied first, to x_rows
+  char* const x_rows;
+  char* const h_rows;
+  const int64_t x_bytes, h_bytes;
   const bool hoisted;  // the projections of a chunk of steps before the steps
   const T* initial[Cell::states];
   T* final_state[Cell::states];
 
-  Forward(const ForwardCall& call, const Buffers& buffers, const Place& place, const Packed& w,
-          RowMap<const T> x, int layer, int dir)
+  Forward(const ForwardCall& call, const Buffers& buffers, const Team& team, const Place& place,
+          const Packed& w, const Input& x, int layer, int dir)
       : s(call.stack),
         time(call.time),
         place(place),
         w(w),
         x(x),
+        features(call.stack.layer_input(layer)),
         reverse(dir == 1),
-        y(layer_output(call, buffers, layer) + dir * call.stack.output),
-        copy(call.reserve && layer == call.stack.layers - 1
-                 ? static_cast<T*>(call.y) + dir * call.stack.output
-                 : nullptr),
+        y(layer_output(call, buffers, layer)
+              ? layer_output(call, buffers, layer) + dir * call.stack.output
+              : nullptr),
+        output(layer == call.stack.layers - 1
+                   ? static_cast<char*>(call.y) + dir * call.stack.output * output_item(call)
+                   : nullptr),
+        output_storage(call.y_storage),
         y_stride(call.stack.directions * call.stack.output),
         sums(buffers.sums[dir]),
         sums_first(0),
@@ -250,6 +319,11 @@ class Forward {
         h_stride(buffers.h_stride),
         c_stride(buffers.c_stride),
         chunk(buffers.chunk),
+        x_prepared(prepares(x.storage)),
+        x_rows(buffers.x_rows + team.index * buffers.chunk * call.time.batch * buffers.x_bytes),
+        h_rows(buffers.h_rows + team.index * call.time.batch * buffers.h_bytes),
+        x_bytes(buffers.x_bytes),
+        h_bytes(buffers.h_bytes),
         hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
@@ -262,6 +336,51 @@ class Forward {
       const int64_t at = (int64_t(layer) * s.directions + dir) * time.batch * s.state_size(i);
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
       final_state[i] = static_cast<T*>(call.final_state[i]) + at;
+    }
+  }
+
+  static int64_t output_item(const ForwardCall& call) {
+    return call.y_storage == Storage::kSame ? int64_t(sizeof(T)) : 2;
+  }
+
+  // Row r of x, b's at step t, as the product takes it; `first`: of the rows that are prepared.
+  FASTCELL_INLINE const Element* x_row(int64_t t, int64_t b, int64_t r, int64_t first) const {
+    const char* const row =
+        x_prepared ? x_rows + (r - first) * x_bytes + Precision::head : x.at(t, b, r);
+    return reinterpret_cast<const Element*>(row);
+  }
+
+  // The rows of this place's samples at the steps [t0, t1).
+  void prepare_x(int64_t t0, int64_t t1) const {
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t end = place.b1 < time.alive(t) ? place.b1 : time.alive(t);
+      for (int64_t b = place.b0; b < end; ++b) {
+        const int64_t r = time.first(t) + b;
+        prepare(x.at(t, b, r), x.storage, features, x_rows + (r - time.first(t0)) * x_bytes);
+      }
+    }
+  }
+
+  static void prepare(const void* from, Storage storage, int64_t depth, char* to) {
+    Precision::prepare(from, storage, depth, reinterpret_cast<Element*>(to + Precision::head));
+  }
+
+  // h or m of this place's samples below `alive`, for the product. Every thread that shares them
+  // does it for itself: that takes less time than another barrier.
+  void prepare_state(const T* rows, int64_t stride, int64_t count, int64_t alive) const {
+    if constexpr (Precision::prepared) {
+      const int64_t end = place.b1 < alive ? place.b1 : alive;
+      for (int64_t b = place.b0; b < end; ++b) {
+        prepare(rows + b * stride, Storage::kSame, count, h_rows + b * h_bytes);
+      }
+    }
+  }
+
+  FASTCELL_INLINE const Element* state_row(const T* rows, int64_t stride, int64_t b) const {
+    if constexpr (Precision::prepared) {
+      return reinterpret_cast<const Element*>(h_rows + b * h_bytes + Precision::head);
+    } else {
+      return rows + b * stride;
     }
   }
 
@@ -316,12 +435,13 @@ class Forward {
 
   // Input projections of the steps [t0, t1) into the buffer.
   void project(int64_t t0, int64_t t1) {
+    if (x_prepared) prepare_x(t0, t1);
     share().for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
       for_row_blocks(time, t0, t1, b0, b1, [&](const Row* rows, int n) {
-        const T* a[kRowBlock];
+        const Element* a[kRowBlock];
         T* to[kRowBlock];
         for (int i = 0; i < n; ++i) {
-          a[i] = x.at(rows[i].t, rows[i].b, rows[i].r);
+          a[i] = x_row(rows[i].t, rows[i].b, rows[i].r, sums_first);
           to[i] = sums_row(p, rows[i].r);
         }
         begin_sums(p, a, to, n);
@@ -330,14 +450,14 @@ class Forward {
   }
 
   // Begins sums: with the input's terms, and the recurrent bias where the two stay apart.
-  FASTCELL_INLINE void begin_sums(int64_t p, const T* const* a, T* const* to, int n) const {
+  FASTCELL_INLINE void begin_sums(int64_t p, const Element* const* a, T* const* to, int n) const {
     const int64_t unit = w.x.first_unit(p);
     for (int i = 0; i < A; ++i) {
       const V bias = V::load(w.h_bias + unit * A + i * lanes);
       for (int row = 0; row < n; ++row) bias.store(to[row] + (G + i) * lanes);
     }
-    multiply_panel<T>(a, to, n, w.x_weights + w.x.offset(p), w.x.vectors(p), w.x.depth, lanes,
-                      w.x_bias + unit * G);
+    Precision::multiply(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
+                        w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
   }
 
   void step(int64_t t, const T* h_before, T* h_after, bool backwards) {
@@ -346,6 +466,8 @@ class Forward {
         reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
     const Share share = this->share();
     int64_t panels_done = 0;
+    if (!hoisted && x_prepared) prepare_x(t, t + 1);
+    prepare_state(h_before, h_stride, s.output, alive);
     share.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
       if (!hoisted) prefetch_input(reverse ? t - 1 : t + 1, panels_done++, share.panels());
       if (b1 > alive) b1 = alive;
@@ -353,24 +475,24 @@ class Forward {
       alignas(64) T block[kRowBlock * kMaxVectors * lanes];
       for (int64_t b = b0; b < b1; b += kRowBlock) {
         const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
-        const T* a[kRowBlock];
+        const Element* a[kRowBlock];
         T* to[kRowBlock];
         if (hoisted) {
           for (int i = 0; i < n; ++i) to[i] = sums_row(p, first + b + i);
         } else {
           for (int i = 0; i < n; ++i) {
-            a[i] = x.at(t, b + i, first + b + i);
+            a[i] = x_row(t, b + i, first + b + i, first);
             to[i] = block + i * width;
           }
           begin_sums(p, a, to, n);
         }
         T* const sums_begin = to[0];
         for (int i = 0; i < n; ++i) {
-          a[i] = h_before + (b + i) * h_stride;
+          a[i] = state_row(h_before, h_stride, b + i);
           to[i] += A * lanes;
         }
-        multiply_panel<T>(a, to, n, w.h_weights + w.h.offset(p), w.h.vectors(p), w.h.depth, lanes,
-                          nullptr);
+        Precision::multiply(a, to, n, Packed::panel(w.h, w.h_weights, p),
+                            w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth, nullptr);
         for (int i = 0; i < w.h.blocks(p); ++i) {
           const int64_t unit = w.h.first_unit(p) + i * lanes;
           const Rows rows{b, n, first, alive_next};
@@ -388,12 +510,12 @@ class Forward {
   // A part of the input of step t: the product will read it row by row, which no hardware foresees.
   FASTCELL_INLINE void prefetch_input(int64_t t, int64_t part_index, int64_t parts) const {
     if (t < 0 || t >= time.steps) return;
-    const Range columns{w.x.depth * part_index / parts, w.x.depth * (part_index + 1) / parts};
+    const int64_t bytes = features * x.item();
+    const Range columns{bytes * part_index / parts, bytes * (part_index + 1) / parts};
     const int64_t end = place.b1 < time.alive(t) ? place.b1 : time.alive(t);
-    constexpr int64_t line = 64 / int64_t(sizeof(T));
     for (int64_t b = place.b0; b < end; ++b) {
-      const T* row = x.at(t, b, time.first(t) + b);
-      for (int64_t k = columns.begin; k < columns.end; k += line) __builtin_prefetch(row + k, 0, 2);
+      const char* row = x.at(t, b, time.first(t) + b);
+      for (int64_t k = columns.begin; k < columns.end; k += 64) __builtin_prefetch(row + k, 0, 2);
     }
   }
 
@@ -437,10 +559,19 @@ class Forward {
         if (kept_cell_output) store_first(kept_cell_output + r * s.hidden + unit, state[0], valid);
       } else {
         state[0].store(h_after + b * h_stride + unit);
-        store_first(y + r * y_stride + unit, state[0], valid);
-        if (copy) store_first(copy + r * y_stride + unit, state[0], valid);
+        store_output(r * y_stride + unit, state[0], valid);
         if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
       }
+    }
+  }
+
+  FASTCELL_INLINE void store_output(int64_t at, V value, int valid) const {
+    if (y) store_first(y + at, value, valid);
+    if (!output) return;
+    if (output_storage == Storage::kSame) {
+      store_first(reinterpret_cast<T*>(output) + at, value, valid);
+    } else {
+      store_stored(output + at * 2, output_storage, value, valid);
     }
   }
 
@@ -451,28 +582,30 @@ class Forward {
         reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
     const Share share(w.r.count(), place.b0, place.b1, w.r.rows_each(), place.index, place.size);
     alignas(64) T zeros[kMaxVectors * lanes] = {};
+    prepare_state(m, c_stride, s.hidden, alive);
     share.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
       if (b1 > alive) b1 = alive;
       const int vectors = w.r.vectors(p);
       const int64_t unit = w.r.first_unit(p);
-      const int64_t valid = w.r.units - unit;
       for (int64_t b = b0; b < b1; b += kRowBlock) {
         const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
-        const T* a[kRowBlock];
+        const Element* a[kRowBlock];
         T* to[kRowBlock];
         for (int i = 0; i < n; ++i) {
-          a[i] = m + (b + i) * c_stride;
+          a[i] = state_row(m, c_stride, b + i);
           to[i] = h_after + (b + i) * h_stride + unit;
         }
-        multiply_panel<T>(a, to, n, w.r_weights + w.r.offset(p), vectors, w.r.depth, lanes, zeros);
+        Precision::multiply(a, to, n, Packed::panel(w.r, w.r_weights, p), w.r_scales + unit,
+                            vectors, w.r.depth, zeros);
         for (int i = 0; i < n; ++i) {
-          const int64_t count = valid < vectors * lanes ? valid : vectors * lanes;
-          std::memcpy(y + (first + b + i) * y_stride + unit, to[i], count * sizeof(T));
-          if (copy) {
-            std::memcpy(copy + (first + b + i) * y_stride + unit, to[i], count * sizeof(T));
-          }
-          if (b + i >= alive_next) {
-            std::memcpy(final_state[0] + (b + i) * s.output + unit, to[i], count * sizeof(T));
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t at = unit + v * lanes, left = s.output - at;
+            const int valid = left < lanes ? int(left) : lanes;
+            const V value = V::load(to[i] + v * lanes);
+            store_output((first + b + i) * y_stride + at, value, valid);
+            if (b + i >= alive_next) {
+              store_first(final_state[0] + (b + i) * s.output + at, value, valid);
+            }
           }
         }
       }

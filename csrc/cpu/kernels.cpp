@@ -13,20 +13,25 @@
 namespace fastcell::FASTCELL_ISA {
 namespace {
 
-template <class T, template <class> class CellOf>
+template <class T, template <class> class CellOf, class Precision>
 constexpr CellKernels kernels_of(const char* name) {
   using Cell = CellOf<Vec<T>>;
-  return {name,
-          Cell::saved,
-          Cell::states,
-          Cell::gates,
-          Vec<T>::lanes,
-          Packing<T, CellOf>::bytes,
-          Packing<T, CellOf>::pack,
-          Forward<T, CellOf>::workspace_bytes,
-          Forward<T, CellOf>::run,
-          Backward<T, CellOf>::workspace_bytes,
-          Backward<T, CellOf>::run};
+  CellKernels kernels{name,
+                      Cell::saved,
+                      Cell::states,
+                      Cell::gates,
+                      Vec<T>::lanes,
+                      Packing<T, CellOf, Precision>::bytes,
+                      Packing<T, CellOf, Precision>::pack,
+                      Forward<T, CellOf, Precision>::workspace_bytes,
+                      Forward<T, CellOf, Precision>::run,
+                      nullptr,
+                      nullptr};
+  if constexpr (!Precision::scaled) {  // integer weights are not trained
+    kernels.backward_workspace = Backward<T, CellOf>::workspace_bytes;
+    kernels.backward = Backward<T, CellOf>::run;
+  }
+  return kernels;
 }
 
 template <class F>
@@ -55,21 +60,23 @@ void sigmoid_array(DType dtype, const void* x, void* y, int64_t count) {
 }
 
 // One line per cell.
-template <class T>
+template <class T, class Precision>
 constexpr CellKernels cells_of[] = {
-    kernels_of<T, cells::RnnTanh>("rnn_tanh"),
-    kernels_of<T, cells::RnnRelu>("rnn_relu"),
-    kernels_of<T, cells::Lstm>("lstm"),
-    kernels_of<T, cells::Gru>("gru"),
+    kernels_of<T, cells::RnnTanh, Precision>("rnn_tanh"),
+    kernels_of<T, cells::RnnRelu, Precision>("rnn_relu"),
+    kernels_of<T, cells::Lstm, Precision>("lstm"),
+    kernels_of<T, cells::Gru, Precision>("gru"),
 };
+constexpr auto& plain_cells = cells_of<float, Exact<float>>;
 
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
-    int(sizeof cells_of<float> / sizeof *cells_of<float>),
-    {cells_of<float>, cells_of<double>},
+    int(sizeof plain_cells / sizeof *plain_cells),
+    {{plain_cells, cells_of<float, BFloat16>, cells_of<float, Int8>},
+     {cells_of<double, Exact<double>>, nullptr, nullptr}},
     tanh_array,
     sigmoid_array,
     run_fma,

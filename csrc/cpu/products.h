@@ -50,8 +50,8 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
           c[i] = whole ? rows_of_c[i] + unit : block + i * vectors * V::lanes;
           if (!whole && k0 > 0) std::memcpy(c[i], rows_of_c[i] + unit, bytes);
         }
-        multiply_panel<T>(a_block, c, n, packed + panels.offset(p) + k0 * vectors * V::lanes,
-                          vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr);
+        multiply_panel<Plain<T>>(a_block, c, n, packed + panels.offset(p) + k0 * vectors * V::lanes,
+                                 vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr);
         if (whole) continue;
         for (int i = 0; i < n; ++i) std::memcpy(rows_of_c[i] + unit, c[i], bytes);
       }
@@ -214,8 +214,8 @@ class WeightGradient {
           // d_w comes from afar, and is needed once the tile is done.
           for (int v = 0; v < kVectors && !begin; ++v) __builtin_prefetch(target + v * V::lanes, 1);
         }
-        run_tile<T, kRows>(count, kVectors,
-                           {a_rows, 0, b + p * depth * kColumns, depth, c, V::lanes, zeros});
+        run_tile<Plain<T>, kRows>(count, kVectors,
+                                  {a_rows, 0, b + p * depth * kColumns, depth, c, V::lanes, zeros});
         if (full && begin) continue;
         for (int i = 0; i < count; ++i) {
           T* const target = d_w + (row + i) * n + p * kColumns;

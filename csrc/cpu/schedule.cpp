@@ -39,11 +39,13 @@ struct Model {
 
   // Time of the whole call, in nanoseconds.
   double cost(const Schedule& schedule) const {
-    const double item = s.dtype == DType::kFloat32 ? 4 : 8;
+    const bool narrow = s.products == Products::kBFloat16, integer = s.products == Products::kInt8;
+    const double item = integer ? 1 : narrow ? 2 : s.dtype == DType::kFloat32 ? 4 : 8;
     const double samples = time.steps > 0 ? double(time.rows) / double(time.steps) : 0;
     const double rows = ceiling(samples, schedule.batch_groups);
     const double columns = double(cell.gates) * double(s.hidden);
-    const double rate = kFmaPerLane * cell.lanes;
+    const double group = integer && int8_dots ? 4 : narrow && bfloat16_dots ? 2 : 1;
+    const double rate = kFmaPerLane * cell.lanes * group;
 
     // Work is handed out as panels times row tiles: the largest share sets the pace.
     const double panels = ceiling(double(s.hidden) * (cell.gates == 1 ? 0.25 : 1.0), cell.lanes);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -49,6 +50,12 @@ struct Raw<double> {
   typedef double in_memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct Raw<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t in_memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
 
 // The result of a lanewise comparison: all bits set, or none.
 template <class T>
@@ -68,6 +75,7 @@ struct Vec {
   explicit FASTCELL_INLINE Vec(typename Raw<T>::type raw) : v(raw) {}
   // x - 0 is x for every x, -0 and NaN included, so the compiler keeps the broadcast alone.
   explicit FASTCELL_INLINE Vec(T x) : v(x - typename Raw<T>::type{}) {}
+  template <class U = T, class = std::enable_if_t<!std::is_same_v<U, int>>>
   explicit FASTCELL_INLINE Vec(int x) : Vec(T(x)) {}
 
   static FASTCELL_INLINE Vec load(const T* p) {

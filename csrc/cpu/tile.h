@@ -18,42 +18,68 @@ constexpr int tile_rows(int vectors) {
 }
 constexpr int kMaxRows = 12;
 
+// How a product multiplies and adds, `group` values of k at a time: in `parts` turns, so that a
+// turn's columns fit in registers.
 template <class T>
-struct TileArgs {
-  const T* const* a;  // one pointer per row, element k at a[row][a_offset + k * a_step]
-  int64_t a_offset;
-  const T* panel;  // [k][N vectors]
-  int64_t k;
-  T* const* c;     // one pointer per row
-  int64_t c_step;  // elements from one vector of a row of c to the next
-  const T* init;   // what the sums begin with: [N vectors] for all rows, or null for c itself
+struct Plain {
+  using Element = T;  // of rows and panels
+  using Sum = T;
+  using Columns = Vec<T>;
+  static constexpr int group = 1;
+  static constexpr int parts = 1;
+
+  static FASTCELL_INLINE Vec<T> row(const T* a, int) { return Vec<T>(*a); }
+  static FASTCELL_INLINE Columns columns(const T* panel, int) { return Vec<T>::load(panel); }
+  static FASTCELL_INLINE Vec<T> add(Vec<T> row, Columns columns, Vec<T> sum) {
+    return fma(row, columns, sum);
+  }
 };
 
-template <class T, int R, int N, int AStep>
-void tile(const TileArgs<T>& t) {
-  using V = Vec<T>;
+template <class P>
+struct TileArgs {
+  using Element = typename P::Element;
+  using Sum = typename P::Sum;
+
+  const Element* const*
+      a;  // one pointer per row, group k at a[row][(a_offset + k * a_step) * group]
+  int64_t a_offset;
+  const Element* panel;  // [k][N vectors][group]
+  int64_t k;             // groups
+  Sum* const* c;         // one pointer per row
+  int64_t c_step;        // elements from one vector of a row of c to the next
+  const Sum* init;       // what the sums begin with: [N vectors] for all rows, or null for c itself
+};
+
+template <class P, int R, int N, int AStep>
+void tile(const TileArgs<P>& t) {
+  using Element = typename P::Element;
+  using Sum = typename P::Sum;
+  using V = Vec<Sum>;
   V acc[R][N];
-  const T* a[R];
+  const Element* a[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) a[r] = t.a[r] + t.a_offset;
+  for (int r = 0; r < R; ++r) a[r] = t.a[r] + t.a_offset * P::group;
   const int64_t init_step = t.init ? V::lanes : t.c_step;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const T* const from = t.init ? t.init : t.c[r];
+    const Sum* const from = t.init ? t.init : t.c[r];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[r][n] = V::load(from + n * init_step);
   }
-  const T* panel = t.panel;
+  const Element* panel = t.panel;
   const int64_t count = t.k;
-  for (int64_t k = 0; k < count; ++k, panel += N * V::lanes) {
-    V w[N];
+  for (int64_t k = 0; k < count; ++k, panel += N * V::lanes * P::group) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) w[n] = V::load(panel + n * V::lanes);
+    for (int part = 0; part < P::parts; ++part) {
+      typename P::Columns w[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) w[n] = P::columns(panel + n * V::lanes * P::group, part);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const V x(a[r][k * AStep]);
+      for (int r = 0; r < R; ++r) {
+        const auto x = P::row(a[r] + k * AStep * P::group, part);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, w[n], acc[r][n]);
+        for (int n = 0; n < N; ++n) acc[r][n] = P::add(x, w[n], acc[r][n]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -64,16 +90,16 @@ void tile(const TileArgs<T>& t) {
 }
 
 // tile() for `rows` and `vectors` known at run time only.
-template <class T, int AStep, int R = kMaxRows, int N = kMaxVectors>
-FASTCELL_INLINE void run_tile(int rows, int vectors, const TileArgs<T>& t) {
+template <class P, int AStep, int R = kMaxRows, int N = kMaxVectors>
+FASTCELL_INLINE void run_tile(int rows, int vectors, const TileArgs<P>& t) {
   if constexpr (N > 1) {
-    if (vectors < N) return run_tile<T, AStep, kMaxRows, N - 1>(rows, vectors, t);
+    if (vectors < N) return run_tile<P, AStep, kMaxRows, N - 1>(rows, vectors, t);
   }
   constexpr int top = R < tile_rows(N) ? R : tile_rows(N);
   if constexpr (top > 1) {
-    if (rows < top) return run_tile<T, AStep, top - 1, N>(rows, vectors, t);
+    if (rows < top) return run_tile<P, AStep, top - 1, N>(rows, vectors, t);
   }
-  tile<T, top, N, AStep>(t);
+  tile<P, top, N, AStep>(t);
 }
 
 // Rows that pass over one panel together. Their sums must stay in cache between blocks of k.
@@ -82,9 +108,11 @@ constexpr int kRowBlock = 96;
 // c[row] (+)= a[row] times a whole panel, for up to kRowBlock rows. In blocks of k such that the
 // panel's part stays in the nearest cache (32 KB) while all rows use it: an L2 cannot feed two FMA
 // units with 4 vectors per 24 operations.
-template <class T>
-FASTCELL_INLINE void multiply_panel(const T* const* a, T* const* c, int rows, const T* panel,
-                                    int vectors, int64_t depth, int64_t c_step, const T* init) {
+// `depth` is in groups.
+template <class P>
+FASTCELL_INLINE void multiply_panel(const typename P::Element* const* a, typename P::Sum* const* c,
+                                    int rows, const typename P::Element* panel, int vectors,
+                                    int64_t depth, int64_t c_step, const typename P::Sum* init) {
   const int rows_each = tile_rows(vectors);
   const int tiles = (rows + rows_each - 1) / rows_each;
   int64_t block = 32768 / (vectors * kVectorBytes);
@@ -95,9 +123,9 @@ FASTCELL_INLINE void multiply_panel(const T* const* a, T* const* c, int rows, co
     // Tiles of nearly equal height: a low one would wait for the panel, not for its sums.
     for (int i = 0, r = 0; i < tiles; ++i) {
       const int n = (rows - r + tiles - i - 1) / (tiles - i);
-      run_tile<T, 1>(n, vectors,
-                     {a + r, k, panel + k * vectors * Vec<T>::lanes, count, c + r, c_step,
-                      k == 0 ? init : nullptr});
+      run_tile<P, 1>(n, vectors,
+                     {a + r, k, panel + k * vectors * Vec<typename P::Sum>::lanes * P::group, count,
+                      c + r, c_step, k == 0 ? init : nullptr});
       r += n;
     }
     k += count;

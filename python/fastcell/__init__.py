@@ -20,6 +20,7 @@ from .convert import convert, revert
 from .explain import explain
 from .info import info
 from .modules import GRU, LSTM, RNN
+from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "QuantizedCell",
+    "QuantizedLayer",
     "RNNCell",
     "Stream",
     "__version__",
@@ -35,6 +38,7 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "quantize",
     "reference",
     "revert",
 ]

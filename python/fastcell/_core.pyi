@@ -22,11 +22,17 @@ def estimate_quotients(wanted: bool | None = None) -> bool:
     Returns what held before; ``wanted`` sets it, for all threads: for tests alone.
     """
 
+def dot_products(wanted: bool | None = None) -> bool:
+    """Whether AVX-512 kernels use the dot products of BF16 and VNNI: where the CPU has them.
+
+    Returns what held before; ``wanted`` sets it, for all threads: for tests alone.
+    """
+
 def isas() -> list[str]:
     """The instruction sets that this build and this CPU have, lowest first."""
 
-def fingerprint(tensors: Sequence[tuple[int, int]], item_size: int, whole: bool) -> int:
-    """A checksum over (pointer, number of elements) each: of all, or for large ones of a sample."""
+def fingerprint(tensors: Sequence[tuple[int, int, int]], whole: bool) -> int:
+    """A checksum over (pointer, elements, bytes of one) each: of all, or for large a sample."""
 
 def address(array: NDArray[Any]) -> int:
     """The pointer to an array's first element."""
@@ -49,7 +55,8 @@ class Stack:
     def __init__(
         self,
         cell: str,
-        float64: bool,
+        dtype: str,
+        products: str,
         input: int,
         hidden: int,
         proj: int,
@@ -58,6 +65,8 @@ class Stack:
         bias: bool,
     ) -> None:
         """``cell``: a key of ``fastcell.cells.CELLS``; ``proj``: 0 for no projection.
+
+        ``dtype``: ``"float32"`` or ``"float64"``; ``products``: as in ``fastcell.plan.Config``.
 
         Raises ValueError for a name or a size that no stack has.
         """
@@ -87,9 +96,17 @@ class Stack:
         """Share out every call so from now on; zeros: as the model chooses. For tests."""
 
     def forward_workspace(
-        self, steps: int, batch: int, rows: int, keep: bool, masks: bool, /
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        keep: bool,
+        masks: bool,
+        narrow: bool,
+        threads: int,
+        /,
     ) -> int:
-        """Bytes that ``forward`` needs at ``workspace``."""
+        """Bytes that ``forward`` needs at ``workspace``; ``narrow``: for input of 16 bits."""
 
     def backward_workspace(
         self, steps: int, batch: int, rows: int, masks: bool, threads: int, /
@@ -114,10 +131,14 @@ class Stack:
         packed: int,
         reserve: int,
         workspace: int,
+        storage: str,
         threads: int,
         /,
     ) -> None:
-        """Run the stack; with ``reserve`` keep what ``backward`` needs."""
+        """Run the stack; with ``reserve`` keep what ``backward`` needs.
+
+        ``storage`` of x and y: ``"same"`` as the stack's dtype, ``"bfloat16"`` or ``"float16"``.
+        """
 
     def backward(
         self,

@@ -45,6 +45,9 @@ CELLS: dict[str, CellSpec] = {
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
-def weights_per_direction(bias: bool, projection: bool) -> int:
-    """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
-    return 2 + 2 * bias + projection
+def weights_per_direction(bias: bool, projection: bool, quantized: bool = False) -> int:
+    """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
+
+    Quantized ones are followed by the scales of w_ih, w_hh[, w_hr].
+    """
+    return 2 + 2 * bias + projection + quantized * (2 + projection)

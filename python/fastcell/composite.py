@@ -128,8 +128,8 @@ def _sequence(
     batch_sizes: Tensor | None,
     masks: Tensor | None,
 ) -> tuple[Tensor, States]:
-    _, num_layers, bidirectional, bias, batch_first = config
-    directions = 2 if bidirectional else 1
+    num_layers, bias, batch_first = config.num_layers, config.bias, config.batch_first
+    directions = 2 if config.bidirectional else 1
     width = len(weights) // (num_layers * directions)
     has_projection = width > weights_per_direction(bias, False)
     if batch_sizes is None:
@@ -161,7 +161,7 @@ def _sequence(
             )
             outputs.append(out)
             finals.append(final)
-        rows = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        rows = torch.cat(outputs, -1) if directions == 2 else outputs[0]
 
     states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     if batch_sizes is not None:

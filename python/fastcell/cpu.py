@@ -17,6 +17,8 @@ __all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offset
 _SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
+# How the kernels read input and write output of other dtypes, which they compute in float32.
+_STORAGE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def row_offsets(batch_sizes: Tensor) -> Tensor:
@@ -76,9 +78,11 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs the stack: (output, final states, what the backward call needs or None).
 
-    The arguments are taken as checked.
+    The arguments are taken as checked. Input and states may have 16 bits, then the results have
+    too; ``masks`` are float32 then.
     """
     threads = torch.get_num_threads()
+    storage = _STORAGE.get(x.dtype, "same")
     (stack, count, width, sizes), packed_w = packed_weights(config, x, weights, threads)
     x = _dense_rows(x)
     if batch_sizes is None:
@@ -98,11 +102,17 @@ def forward(
         x_step, x_row = 0, x.stride()[0]
         y = x.new_empty((rows, width))
 
-    h_final = _new(x, count, batch, sizes[0])
-    c_final = _new(x, count, batch, sizes[1]) if len(sizes) > 1 else None
-    reserve = x.new_empty(rows * stack.reserve_row_elements) if keep else None
+    like = x
+    if storage != "same":
+        like = x.new_empty(0, dtype=torch.float32)
+        hx = None if hx is None else [h.float() for h in hx]
+    h_final = _new(like, count, batch, sizes[0])
+    c_final = _new(like, count, batch, sizes[1]) if len(sizes) > 1 else None
+    reserve = like.new_empty(rows * stack.reserve_row_elements) if keep else None
     workspace, _fresh = _workspace_pointer(
-        stack.forward_workspace(steps, batch, rows, keep, masks is not None)
+        stack.forward_workspace(
+            steps, batch, rows, keep, masks is not None, storage != "same", threads
+        )
     )
     h = c = None
     if hx is not None:
@@ -127,9 +137,11 @@ def forward(
         packed_w.data_ptr(),
         0 if reserve is None else reserve.data_ptr(),
         workspace,
+        storage,
         threads,
     )
-    return y, [h_final] if c_final is None else [h_final, c_final], reserve
+    states = [h_final] if c_final is None else [h_final, c_final]
+    return y, states if storage == "same" else [s.to(x.dtype) for s in states], reserve
 
 
 def backward(
@@ -245,7 +257,10 @@ def check(
     Layers and ``functional`` check with torch's words before; this is for direct calls of the
     operators. Raises RuntimeError, or ValueError for a wrong number of weights.
     """
-    _check_alike(x, weights, "weight")
+    if config.products == "exact":
+        _check_alike(x, weights, "weight")
+    else:
+        _check_stored_small(config.products, weights)
     _check_alike(x, hx, "initial state")
     _check_alike(x, () if masks is None else (masks,), "dropout mask")
     packed = batch_sizes is not None
@@ -317,6 +332,16 @@ def _check_alike(x: Tensor, others: Sequence[Tensor], what: str) -> None:
             raise RuntimeError(
                 f"tensors must have one dtype and device: the input is {x.dtype} on cpu, "
                 f"a {what} {t.dtype} on {t.device}"
+            )
+
+
+def _check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
+    matrices = (torch.int8,) if products == "int8" else (torch.bfloat16, torch.float32)
+    for w in weights:
+        if w.dtype not in (matrices if w.dim() == 2 else (torch.float32,)) or not w.is_cpu:
+            raise RuntimeError(
+                f"weights for products of {products} are {matrices[0]} matrices and float32 "
+                f"vectors on cpu, got {w.dtype} of shape {tuple(w.shape)} on {w.device}"
             )
 
 

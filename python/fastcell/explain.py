@@ -16,9 +16,11 @@ from .cpu import row_offsets
 from .modules import GRU, LSTM, RNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
+from .quantized import QuantizedCell, QuantizedLayer
 
 _LAYERS = (RNN, LSTM, GRU)
 _CELLS = (RNNCell, LSTMCell, GRUCell)
+_QUANTIZED = (QuantizedLayer, QuantizedCell)
 
 _REASONS = {
     "kernel": "plain CPU tensors in eager mode",
@@ -41,6 +43,8 @@ class Explanation:
         device, dtype: of the input and the parameters.
         autocast: dtype to which autocast rounds them for the call, or None.
         arithmetic: dtype in which is computed.
+        products: what the forward pass multiplies: ``"exact"`` (that dtype), ``"bfloat16"`` or
+            ``"int8"``; sums have that dtype in any case.
         gradients: whether what a backward pass needs is kept.
         isa: instruction set of the kernels, None without kernels.
         threads: threads that the call may use.
@@ -57,6 +61,7 @@ class Explanation:
     dtype: torch.dtype
     autocast: torch.dtype | None
     arithmetic: torch.dtype
+    products: str
     gradients: bool
     isa: str | None
     threads: int
@@ -70,10 +75,14 @@ class Explanation:
             tensors += f", rounded to {_name(self.autocast)} by autocast"
         if self.arithmetic not in (self.dtype, self.autocast):
             tensors += f", computed in {_name(self.arithmetic)}"
+        if self.products != "exact":
+            how = "dot products" if self.isa == "avx512" and _core.dot_products() else "widening"
+            tensors += f" with products of {self.products} (by {how})"
         weights = "not packed"
         if self.packed_bytes is not None:
             when = "already packed" if self.packed else "packed by the first call"
-            if self.arithmetic is not (self.autocast or self.dtype):
+            narrow = self.arithmetic is not (self.autocast or self.dtype)
+            if self.autocast is not None or (narrow and self.gradients):
                 when = "converted and packed by every call"
             weights = f"{self.packed_bytes:,} bytes, {when}"
         rows = {
@@ -102,7 +111,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
     call are those that the module's own call would meet.
 
     Args:
-        module: a fastcell layer or cell.
+        module: a fastcell layer or cell, also a quantized one.
         input: what the module would be called with; without it, the schedule stays unknown and the
             path is that of a plain tensor on the parameters' device.
 
@@ -111,7 +120,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         ValueError: the input's rank fits no call of the layer.
         RuntimeError: the weights do not fit each other or the input.
     """
-    if not isinstance(module, (*_LAYERS, *_CELLS)):
+    if not isinstance(module, (*_LAYERS, *_CELLS, *_QUANTIZED)):
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         hint = "; fastcell.convert(model) swaps torch.nn's layers for fastcell's"
         raise TypeError(
@@ -120,7 +129,12 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         )
     config, weights = _config(module), _weights(module)
     data = input.data if isinstance(input, PackedSequence) else input
-    stand_in = weights[0] if data is None else data
+    if data is not None:
+        stand_in = data
+    elif isinstance(module, _QUANTIZED):
+        stand_in = torch.empty(0)
+    else:
+        stand_in = weights[0]
     path = _path(stand_in, weights)
     device = stand_in.device.type
 
@@ -135,6 +149,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         engine = "meta"
     elif path != "composite":
         engine, isa = "cpu", _core.isa()
+        if config.products == "exact" and arithmetic is torch.bfloat16:
+            config = config._replace(products="bfloat16")
         if arithmetic in (torch.bfloat16, torch.float16):
             arithmetic = torch.float32
         features = module.input_size if data is None else data.shape[-1]
@@ -155,14 +171,15 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         dtype=dtype,
         autocast=autocast,
         arithmetic=arithmetic,
+        products=config.products,
         gradients=gradients,
         isa=isa,
         threads=torch.get_num_threads(),
         schedule=schedule,
         packed_bytes=packed,
         packed=packed is not None
-        and arithmetic is weights[0].dtype
         and autocast is None
+        and not (gradients and arithmetic is not dtype)
         and packed_bytes(weights) > 0,
     )
 
@@ -172,6 +189,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _config(module: torch.nn.Module) -> Config:
+    if isinstance(module, _QUANTIZED):
+        return module.config()
     if isinstance(module, _LAYERS):
         return Config(
             module.mode.lower(),
@@ -190,6 +209,8 @@ def _config(module: torch.nn.Module) -> Config:
 
 def _weights(module: torch.nn.Module) -> list[Tensor]:
     """The tensors that a call would hand to the kernels."""
+    if isinstance(module, _QUANTIZED):
+        return module.weights()
     if isinstance(module, _LAYERS):
         return cast(list[Tensor], list(module._flat_weights))
     weights = [module.weight_ih, module.weight_hh]
@@ -225,11 +246,12 @@ def _extent(module: torch.nn.Module, input: Tensor | PackedSequence) -> _Extent:
         offsets = row_offsets(input.batch_sizes)
         batch = int(input.batch_sizes[0])
         return _Extent(len(offsets) - 1, batch, input.data.shape[0], offsets)
-    ranks = (1, 2) if isinstance(module, _CELLS) else (2, 3)
+    is_cell = isinstance(module, (*_CELLS, QuantizedCell))
+    ranks = (1, 2) if is_cell else (2, 3)
     if input.dim() not in ranks:
         raise ValueError(f"input must have {ranks[0]} or {ranks[1]} dimensions, not {input.dim()}")
     sizes = list(input.shape[:-1])
-    if isinstance(module, _CELLS):
+    if is_cell:
         steps, batch = 1, sizes[0] if sizes else 1
     elif len(sizes) == 1:
         steps, batch = sizes[0], 1

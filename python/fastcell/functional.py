@@ -27,6 +27,11 @@ States: TypeAlias = tuple[Tensor, ...]
 # Called with (input, states, batch_sizes) where a size or the dtype is not the expected one. It
 # raises in its owner's words, or returns where the difference is allowed (autocast).
 Refuse: TypeAlias = Callable[[Tensor, States | None, Tensor | None], None]
+# Runs what is not torch's weights: called with (cell, input, states, batch_sizes, steps) once the
+# sizes are known to be right.
+Launch: TypeAlias = Callable[
+    [str, Tensor, States | None, Tensor | None, int], tuple[Tensor, States]
+]
 
 
 class Stack(Protocol):
@@ -237,10 +242,15 @@ def _run(
 
 
 def _refuse(
-    stack: _Stack, dtype: torch.dtype, input: Tensor, states: States, batch_sizes: Tensor | None
+    stack: Stack, dtype: torch.dtype, input: Tensor, states: States, batch_sizes: Tensor | None
 ) -> None:
     if input.dtype != dtype and not autocast_enabled():
         raise ValueError(f"input is {input.dtype}, but the weights are {dtype}")
+    refuse_sizes(stack, input, states, batch_sizes)
+
+
+def refuse_sizes(stack: Stack, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
+    """Raise RuntimeError or ValueError that names the first wrong size of a call, if any."""
     if batch_sizes is not None and input.dim() != 2:
         raise ValueError(f"packed input must have 2 dimensions, got {input.dim()}")
     if input.shape[-1] != stack.input_size:
@@ -272,14 +282,16 @@ def run_stack(
     states: States | None,
     weights: Sequence[Tensor],
     refuse: Refuse,
+    launch: Launch | None = None,
 ) -> tuple[Sequences, States]:
     """Run a stack on any form of input; the final states have the form of ``states``.
 
     Ranks, devices, dtypes and the weights' shapes are refused here, in torch's words; ``refuse``
-    finds the words for a wrong size or dtype of the input or a wrong size of the states.
+    finds the words for a wrong size or dtype of the input or a wrong size of the states. With
+    ``launch`` that is what runs, and refuses all but sizes itself; ``weights`` are not looked at.
     """
     if isinstance(input, PackedSequence):
-        return _run_packed(layer, cell, input, states, weights, refuse)
+        return _run_packed(layer, cell, input, states, weights, refuse, launch)
     rank = input.dim()
     if rank == 3:
         if states is not None:
@@ -289,9 +301,9 @@ def run_stack(
         steps, batch, _ = input.shape
         if layer.batch_first:
             steps, batch = batch, steps
-        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse)
+        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, launch)
     if rank == 2:
-        return _run_unbatched(layer, cell, input, states, weights, refuse)
+        return _run_unbatched(layer, cell, input, states, weights, refuse, launch)
     title, d = _TITLES[cell]
     raise ValueError(f"{title}: Expected input to be 2D or 3D, got {rank}{d} instead")
 
@@ -303,6 +315,7 @@ def _run_unbatched(
     states: States | None,
     weights: Sequence[Tensor],
     refuse: Refuse,
+    launch: Launch | None,
 ) -> tuple[Tensor, States]:
     if states is not None:
         for state in states:
@@ -312,7 +325,7 @@ def _run_unbatched(
     at = 0 if layer.batch_first else 1
     steps = input.shape[0]
     output, states = _launch(
-        layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse
+        layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse, launch
     )
     return output.squeeze(at), tuple([state.squeeze(1) for state in states])
 
@@ -332,6 +345,7 @@ def _run_packed(
     states: States | None,
     weights: Sequence[Tensor],
     refuse: Refuse,
+    launch: Launch | None = None,
 ) -> tuple[PackedSequence, States]:
     data, batch_sizes, sorted_indices, unsorted_indices = input
     if states is not None and sorted_indices is not None:
@@ -346,7 +360,9 @@ def _run_packed(
         if states is None and data.is_meta:
             # The operator cannot read a batch size off a tensor that it does not run on.
             states = _zeros(layer, cell, data, batch)
-    output, states = _launch(layer, cell, data, states, weights, batch_sizes, steps, batch, refuse)
+    output, states = _launch(
+        layer, cell, data, states, weights, batch_sizes, steps, batch, refuse, launch
+    )
     if unsorted_indices is not None:
         states = tuple([state.index_select(1, unsorted_indices) for state in states])
     return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
@@ -368,6 +384,7 @@ def _launch(
     steps: int,
     batch: int | None,
     refuse: Refuse,
+    launch: Launch | None,
 ) -> tuple[Tensor, States]:
     spec = CELLS[cell]
     hidden_size = layer.hidden_size
@@ -386,10 +403,12 @@ def _launch(
             wrong_size = True
         if spec.states == 2 and states[1].shape != (stacked, batch, hidden_size):
             wrong_size = True
-    if wrong_size or input.dtype != weights[0].dtype:
+    if wrong_size or (launch is None and input.dtype != weights[0].dtype):
         refuse(input, states, batch_sizes)
         if wrong_size:  # a subclass can have checks of its own that let anything pass
             raise RuntimeError("input or initial states are of a wrong size")
+    if launch is not None:
+        return launch(cell, input, states, batch_sizes, steps)
 
     check_tensors(
         input, states, weights, steps, spec.gates,

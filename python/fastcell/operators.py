@@ -19,7 +19,9 @@ from . import cpu
 from .plan import Config, plan_for_symbolic
 
 PLAIN = (Tensor, Parameter)
-CONFIG_SCHEMA = "str cell, int num_layers, bool bidirectional, bool bias, bool batch_first"
+CONFIG_SCHEMA = (
+    "str cell, int num_layers, bool bidirectional, bool bias, bool batch_first, str products"
+)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -92,9 +94,10 @@ def _sequence_forward(
     bidirectional: bool,
     bias: bool,
     batch_first: bool,
+    products: str,
     keep: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     cpu.check(config, input, hx, weights, batch_sizes, masks)
     output, states, reserve = cpu.forward(
         config, input, hx or None, weights, batch_sizes, masks, keep
@@ -114,9 +117,10 @@ def _(
     bidirectional: bool,
     bias: bool,
     batch_first: bool,
+    products: str,
     keep: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     plan = plan_for_symbolic(config, input, weights)
     if batch_sizes is not None:
         rows = input.shape[0]
@@ -164,9 +168,10 @@ def _sequence_backward(
     bidirectional: bool,
     bias: bool,
     batch_first: bool,
+    products: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    config = Config(cell, num_layers, bidirectional, bias, batch_first)
+    config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     cpu.check(config, input, hx, weights, batch_sizes, masks)
     cpu.check_backward(
         config, grad_output, grad_states, input, hx, weights, batch_sizes, reserve, needs

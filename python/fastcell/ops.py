@@ -64,20 +64,22 @@ def sequence(
         The output in the input's layout and the final states. The arguments are taken as checked:
         ``functional`` and the modules do that with torch's words.
     """
-    config = Config(cell, num_layers, bidirectional, bias, batch_first)
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
+    products = "bfloat16" if input.dtype is torch.bfloat16 else "exact"
+    config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     masks = None
     if dropout > 0 and training and num_layers > 1:
         masks = _dropout_masks(config, input, weights, dropout)
-    if input.dtype in _NARROW:
-        # The kernels store float32 or float64: 16-bit values convert exactly, sums are float32.
-        result_dtype = result_dtype or input.dtype
-        input, hx, weights = _cast(torch.float32, input, hx, weights)
-        masks = None if masks is None else masks.float()
-
     path = route(input, weights)
+    if input.dtype in _NARROW:
+        masks = None if masks is None else masks.float()
+        if path != "kernel" or _wants_gradient(input, hx, weights):
+            # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
+            result_dtype = result_dtype or input.dtype
+            input, hx, weights = _cast(torch.float32, input, hx, weights)
+
     output: Tensor
     states: Sequence[Tensor]
     if path == "kernel":

@@ -31,8 +31,7 @@ _MANY_ROWS = 4096  # (t, b) of a call, from which on hashing all weights takes 2
 
 class _Entry:
     __slots__ = (
-        "call", "contents", "item_size", "packed", "plan", "pointers", "refs", "sample", "versions",
-        "whole",
+        "call", "contents", "packed", "plan", "pointers", "refs", "sample", "versions", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -50,18 +49,16 @@ class _Entry:
         self.refs = [weakref.ref(w, on_death) for w in weights]
         self.versions = [w._version for w in weights]
         self.pointers = [w.data_ptr() for w in weights]
-        self.contents = [(w.data_ptr(), w.numel()) for w in weights]
-        self.item_size = weights[0].element_size()
-        self.sample = _core.fingerprint(self.contents, self.item_size, False)
-        self.whole = _core.fingerprint(self.contents, self.item_size, True) if whole else None
+        self.contents = [(w.data_ptr(), w.numel(), w.element_size()) for w in weights]
+        self.sample = _core.fingerprint(self.contents, False)
+        self.whole = _core.fingerprint(self.contents, True) if whole else None
 
     def serves(self, weights: Sequence[Tensor], whole: bool) -> bool:
         return (
             self.versions == [w._version for w in weights]
             and self.pointers == [w.data_ptr() for w in weights]
             and all([w.is_contiguous() and not w.is_neg() for w in weights])
-            and _core.fingerprint(self.contents, self.item_size, whole)
-            == (self.whole if whole else self.sample)
+            and _core.fingerprint(self.contents, whole) == (self.whole if whole else self.sample)
         )
 
 
@@ -85,7 +82,7 @@ def packed_weights(
         return entry.plan, entry.packed
     copies = [dense(w) for w in weights]
     plan = plan_for(config, input, copies)
-    packed = pack(plan, copies, threads)
+    packed = pack(config, plan, copies, threads)
     # No entry for a copy, which dies with this call, nor for tensors made under inference mode:
     # they have no version counter to tell a change.
     if all([d is w and not w.is_inference() for d, w in zip(copies, weights, strict=True)]):
@@ -100,11 +97,21 @@ def dense(t: Tensor) -> Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
-def pack(plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:
+def pack(config: Config, plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:
     """A packed copy of contiguous weights on the CPU."""
     packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
+    weights = [_as_multiplied(config, w) for w in weights]
     plan.stack.pack([w.data_ptr() for w in weights], packed.data_ptr(), threads)
     return packed
+
+
+def _as_multiplied(config: Config, weight: Tensor) -> Tensor:
+    """A weight in the dtype that the products take: matrices may be narrow, biases are not."""
+    if weight.dtype is torch.int8 or weight.dtype is torch.float64:
+        return weight
+    if config.products == "bfloat16" and weight.dim() == 2:
+        return weight.to(torch.bfloat16)
+    return weight.float()
 
 
 def _remember(key: tuple[int, ...], entry: _Entry) -> None:

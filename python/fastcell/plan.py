@@ -16,13 +16,19 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class Config(NamedTuple):
-    """The part of a call that is no tensor."""
+    """The part of a call that is no tensor.
+
+    ``products``: what the forward pass multiplies: ``"exact"`` (numbers of the call's dtype),
+    ``"bfloat16"`` (rounded to that) or ``"int8"`` (quantized; the weights are given as integers,
+    each matrix's scales behind the other weights of its layer and direction).
+    """
 
     cell: str
     num_layers: int
     bidirectional: bool
     bias: bool
     batch_first: bool
+    products: str = "exact"
 
 
 class Plan(NamedTuple):
@@ -56,8 +62,9 @@ def _plan(config: Config, float64: bool, input_size: int, shapes: Shapes) -> Pla
     hidden, proj = _checked_sizes(config, input_size, shapes)
     directions = 2 if config.bidirectional else 1
     stack = _core.Stack(
-        config.cell, float64, input_size, hidden, proj, config.num_layers, directions, config.bias
-    )
+        config.cell, "float64" if float64 else "float32", config.products, input_size, hidden, proj,
+        config.num_layers, directions, config.bias,
+    )  # fmt: skip
     output = proj or hidden
     sizes = (output, hidden)[: CELLS[config.cell].states]
     return Plan(stack, config.num_layers * directions, directions * output, sizes)
@@ -72,16 +79,19 @@ def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int
         )
     spec = CELLS[config.cell]
     directions = 2 if config.bidirectional else 1
-    plain = weights_per_direction(config.bias, False)
+    quantized = config.products == "int8"
+    plain = weights_per_direction(config.bias, False, quantized)
+    projected = weights_per_direction(config.bias, True, quantized)
     each, rest = divmod(len(shapes), config.num_layers * directions)
-    if rest or each not in (plain, plain + spec.projection):
+    if rest or (each != plain and not (each == projected and spec.projection)):
         raise ValueError(
             f"{config.cell} with {config.num_layers} layer(s), {directions} direction(s) and "
             f"bias={config.bias} takes {plain} tensors per layer and direction"
-            f"{' (one more with a projection)' if spec.projection else ''}, got {len(shapes)}"
+            f"{f' ({projected} with a projection)' if spec.projection else ''}, got {len(shapes)}"
         )
     hidden = shapes[0][0] // spec.gates if shapes[0] else 0
-    proj = shapes[each - 1][0] if each > plain else 0
+    last = weights_per_direction(config.bias, True) - 1
+    proj = shapes[last][0] if each > plain else 0
     if hidden == 0:
         raise ValueError(f"weights need at least one hidden unit, got shape {tuple(shapes[0])}")
     for i, (given, expected) in enumerate(
@@ -109,5 +119,7 @@ def _expected_shapes(
             one += [(gates,), (gates,)]
         if proj:
             one += [(output, hidden)]
+        if config.products == "int8":
+            one += [(gates,), (gates,), *([(output,)] if proj else [])]
         shapes += one * directions
     return shapes

@@ -15,6 +15,7 @@ from .cells import CELL_OF_MODE
 from .cpu import DTYPES
 from .packing import dense, pack
 from .plan import Config, plan_for
+from .quantized import QuantizedLayer
 
 Block = TypeVar("Block", Tensor, NDArray[np.floating])
 
@@ -34,8 +35,8 @@ class Stream:
 
     Args:
         module: fastcell's or torch.nn's RNN, LSTM or GRU on the CPU, float32 or float64, of one
-            direction. Its weights are taken as they are now; ``reload()`` takes them again. Dropout
-            is not applied.
+            direction; or a quantized one (:func:`fastcell.quantize`), for float32. Its weights are
+            taken as they are now; ``reload()`` takes them again. Dropout is not applied.
         batch_size: samples that are heard side by side, B.
         threads: the most threads that a call may use; default torch.get_num_threads(). Small layers
             take one.
@@ -54,9 +55,14 @@ class Stream:
     """
 
     def __init__(
-        self, module: torch.nn.RNNBase, batch_size: int = 1, *, threads: int | None = None
+        self,
+        module: torch.nn.RNNBase | QuantizedLayer,
+        batch_size: int = 1,
+        *,
+        threads: int | None = None,
     ) -> None:
-        cell = CELL_OF_MODE.get(module.mode) if isinstance(module, torch.nn.RNNBase) else None
+        layer = isinstance(module, (torch.nn.RNNBase, QuantizedLayer))
+        cell = CELL_OF_MODE.get(module.mode) if layer else None
         if cell is None:
             raise TypeError(
                 f"a stream needs an RNN, LSTM or GRU layer, got {type(module).__name__}"
@@ -69,7 +75,8 @@ class Stream:
         self._module = module
         self._batch_size = batch_size
         self._threads = threads or torch.get_num_threads()
-        self._config = Config(cell, module.num_layers, False, module.bias, False)
+        products = module.products if isinstance(module, QuantizedLayer) else "exact"
+        self._config = Config(cell, module.num_layers, False, module.bias, False, products)
         self._features = module.input_size
         self._batch_first = module.batch_first
         self._steps = 0  # that the buffers have room for
@@ -77,16 +84,21 @@ class Stream:
 
     def reload(self) -> None:
         """Take the module's weights as they are now; the state stays."""
-        # By name: a parametrization computes its weights when asked.
         module = self._module
-        weights = [dense(getattr(module, n).detach()) for n in module._flat_weights_names]
-        dtype = weights[0].dtype
-        if any(not w.is_cpu or w.dtype is not dtype or dtype not in DTYPES for w in weights):
+        if isinstance(module, QuantizedLayer):
+            weights, dtype = [dense(w) for w in module.weights()], torch.float32
+            wrong = False
+        else:
+            # By name: a parametrization computes its weights when asked.
+            weights = [dense(getattr(module, n).detach()) for n in module._flat_weights_names]
+            dtype = weights[0].dtype
+            wrong = any(w.dtype is not dtype or dtype not in DTYPES for w in weights)
+        if wrong or any(not w.is_cpu for w in weights):
             raise ValueError(
                 "a stream needs weights on the CPU, all float32 or all float64, got "
                 f"{sorted({f'{w.dtype} on {w.device}' for w in weights})}"
             )
-        plan = plan_for(self._config, weights[0].new_empty(0, self._features), weights)
+        plan = plan_for(self._config, torch.empty(0, self._features, dtype=dtype), weights)
         if self._steps == 0:
             self.dtype = dtype
             self._plan = plan
@@ -102,7 +114,7 @@ class Stream:
                 f"the stream was made for states of {self._plan.state_sizes} and {self.dtype}, "
                 f"the weights are for {plan.state_sizes} and {dtype} now"
             )
-        self._packed = pack(plan, weights, self._threads)
+        self._packed = pack(self._config, plan, weights, self._threads)
         self._reserve(max(self._steps, 1))
 
     def _reserve(self, steps: int) -> None:
@@ -126,7 +138,7 @@ class Stream:
         )
 
     @property
-    def module(self) -> torch.nn.RNNBase:
+    def module(self) -> torch.nn.RNNBase | QuantizedLayer:
         """The layer whose weights are taken."""
         return self._module
 
