@@ -137,19 +137,19 @@ class BoundStack {
   }
 
   // Every call in this way from now on, whatever it costs; 0 groups: as the model chooses again.
-  void force_schedule(int direction_groups, int batch_groups, int unit_threads) {
-    forced_ = {direction_groups, batch_groups, unit_threads};
+  void force_schedule(int direction_groups, int batch_groups, int unit_threads, int layer_groups) {
+    forced_ = {direction_groups, batch_groups, unit_threads, layer_groups};
   }
 
-  Schedule schedule(const Timeline& time, int threads, bool barriers) const {
+  Schedule schedule(const Timeline& time, int threads, bool barriers, bool wavefront) const {
     if (forced_.direction_groups > 0) return forced_;
-    return choose_schedule(stack_, time, kernels_, threads, barriers);
+    return choose_schedule(stack_, time, kernels_, threads, barriers, wavefront);
   }
 
   py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets,
                     int threads) const {
-    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true);
-    return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads);
+    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true, true);
+    return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads, s.layer_groups);
   }
 
   // Sizes without tensors: the call's pointers do not matter to it.
@@ -180,7 +180,7 @@ class BoundStack {
     ForwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
-    call.schedule = schedule(call.time, threads, !crowded());
+    call.schedule = schedule(call.time, threads, !crowded(), masks == 0);
     call.x = {as<const char>(x), x_step, x_row, offsets != 0};
     call.x_storage = call.y_storage = named<Storage>(storage, kStorageNames, "storage");
     call.state[0] = as(h0);
@@ -213,7 +213,7 @@ class BoundStack {
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
                 Pointer d_h0, Pointer d_c0, Pointer masks, const std::vector<Pointer>& weights,
                 const std::vector<Pointer>& d_weights, Pointer reserve, Pointer workspace,
-                int64_t d_x_step, int64_t d_x_row, int threads) const {
+                int64_t d_x_step, int64_t d_x_row, bool accumulate, int threads) const {
     const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
     if (weights.size() != expected || d_weights.size() != expected) {
       throw std::invalid_argument("backward: wrong number of weights");
@@ -226,7 +226,7 @@ class BoundStack {
     BackwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
-    call.schedule = schedule(call.time, threads, !crowded());
+    call.schedule = schedule(call.time, threads, !crowded(), false);
     const bool packed = offsets != 0;
     call.x = {as<const char>(x), x_step, x_row, packed};
     call.d_x = {as<char>(d_x), d_x_step, d_x_row, packed};
@@ -240,6 +240,7 @@ class BoundStack {
     call.masks = as(masks);
     call.weights = w.data();
     call.d_weights = d_w.data();
+    call.accumulate = accumulate;
     call.reserve = as(reserve);
     call.workspace = as(workspace);
     prefer_huge_pages(call.workspace, kernels_.backward_workspace(call, threads));
@@ -302,7 +303,7 @@ class BoundStream {
     const bool barriers = !crowded();
     if (steps != scheduled_steps_ || barriers != barriers_) {
       call_.time = {steps, batch_, steps * batch_, nullptr};
-      call_.schedule = stack_.schedule(call_.time, threads_, barriers);
+      call_.schedule = stack_.schedule(call_.time, threads_, barriers, true);
       scheduled_steps_ = steps;
       barriers_ = barriers;
     }

@@ -40,7 +40,7 @@ def per_sample(values: Values) -> Values:
     return {name: value for name, value in values.items() if not is_parameter(name)}
 
 
-def schedule(case: Case, count: int) -> tuple[int, int, int]:
+def schedule(case: Case, count: int) -> tuple[int, ...]:
     """How the kernels share a call out: (direction groups, batch groups, threads per group)."""
     stack = _core.Stack(
         case.cell,
@@ -53,16 +53,17 @@ def schedule(case: Case, count: int) -> tuple[int, int, int]:
         case.directions,
         True,
     )
-    found: tuple[int, int, int] = stack.explain(case.T, case.B, case.T * case.B, 0, count)
+    found: tuple[int, ...] = stack.explain(case.T, case.B, case.T * case.B, 0, count)
     return found
 
 
-# Each is shared out in another way: hidden units, the batch, directions; with rows left over.
+# Each is shared out in another way: hidden units, batch, directions, layers; with rows left over.
 THREADED = [
     case
     for cell, projected in [*((cell, False) for cell in CELLS), ("lstm", True)]
     for case in [
-        Case(cell, F32, 2, T=12, B=5, I=35, H=129, projected=projected),
+        Case(cell, F32, T=12, B=5, I=35, H=129, projected=projected),
+        Case(cell, F32, 3, T=26, B=2, I=35, H=129, projected=projected),
         Case(cell, F32, T=20, B=67, I=35, H=65, projected=projected),
         Case(cell, F64, 2, True, form="ragged", T=12, B=9, I=35, H=99, projected=projected),
         Case(cell, F32, 1, True, T=12, B=50, I=64, H=65, projected=projected),
@@ -82,7 +83,7 @@ def test_any_number_of_threads(case):
 
 def test_every_way_to_share_out_is_tried():
     ways = {tuple(n > 1 for n in schedule(case, count)) for case in THREADED for count in (2, 3, 4)}
-    assert {(False, False, True), (False, True, False), (True, False, False)} <= ways
+    assert {tuple(i == k for i in range(4)) for k in range(4)} <= ways
 
 
 @pytest.mark.parametrize("batch", [33, 205])

@@ -27,7 +27,7 @@ SHAPES = [  # cell, T, B, I, H, bidirectional
 ]
 
 
-def ways(directions: int, batch: int) -> list[tuple[int, int, int]]:
+def ways(directions: int, batch: int) -> list[tuple[int, ...]]:
     found = [(1, 1, 1), (1, 1, THREADS)]
     if batch >= THREADS:
         found.append((1, THREADS, 1))
@@ -55,8 +55,8 @@ def test_the_choice_is_near_the_best(shape, training):
             if training:
                 output.backward(output.detach())
 
-        def seconds(way: tuple[int, int, int]) -> float:
-            stack.force_schedule(*way)
+        def seconds(way: tuple[int, ...]) -> float:
+            stack.force_schedule(*way, *[1] * (4 - len(way)))
             run()
             begin = time.perf_counter()
             count = 0
@@ -72,7 +72,7 @@ def test_the_choice_is_near_the_best(shape, training):
                 for way, found in times.items():
                     found.append(seconds(way))
         finally:
-            stack.force_schedule(0, 0, 0)
+            stack.force_schedule(0, 0, 0, 1)
     took = {way: statistics.median(found) for way, found in times.items()}
     best = min(took[way] for way in candidates)
     said = stack.explain(steps, batch, steps * batch, 0, THREADS)

@@ -63,13 +63,24 @@ struct Timeline {
 };
 
 // How a team of threads shares one layer: directions apart, the batch apart, hidden units apart
-// (the last with one barrier per step).
+// (the last with one barrier per step). Or how it shares a stack: layers apart, as a wavefront: a
+// layer follows the one below it some steps behind.
 struct Schedule {
   int direction_groups;
   int batch_groups;
   int unit_threads;
-  FASTCELL_INLINE int threads() const { return direction_groups * batch_groups * unit_threads; }
+  int layer_groups = 1;
+  FASTCELL_INLINE int threads() const {
+    return direction_groups * batch_groups * unit_threads * layer_groups;
+  }
 };
+
+// Steps that a layer of a wavefront is behind the one below it: few, so that all groups have work
+// for most of the time, but enough rows for the product with the input's weights.
+FASTCELL_INLINE int64_t wavefront_steps(int64_t steps, int groups) {
+  const int64_t each = (steps + 6 * groups - 1) / (6 * groups);
+  return each < 4 ? 4 : each;
+}
 
 // Where a row (t, b) of the caller's tensor lies.
 template <class T>
@@ -112,6 +123,7 @@ struct BackwardCall {
   const void* masks;
   const void* const* weights;  // flat, torch's order
   void* const* d_weights;      // flat; null entries are not asked for
+  bool accumulate;             // d_weights are added to
   const void* reserve;
   void* workspace;
 };

@@ -452,7 +452,7 @@ class Backward {
         team.sync();
         for (int dir = 0; dir < s.directions; ++dir) {
           if (input_gradient()) gradient_of_input(dir, directions[dir], chunk_of[dir]);
-          gradients_of_weights(dir, directions[dir], chunk_of[dir], x, i == 0);
+          gradients_of_weights(dir, directions[dir], chunk_of[dir], x, i == 0 && !call.accumulate);
         }
       }
       for (int dir = 0; dir < s.directions; ++dir) {

@@ -49,8 +49,8 @@ bool has_bfloat16_dots();
 bool has_int8_dots();
 
 // How `threads` threads should share a call; without `barriers`, only in ways that need none per
-// step.
+// step. `wavefront`: layers apart, too, which is for the forward pass and without masks.
 Schedule choose_schedule(const Stack& stack, const Timeline& time, const CellKernels& cell,
-                         int threads, bool barriers);
+                         int threads, bool barriers, bool wavefront);
 
 }  // namespace fastcell

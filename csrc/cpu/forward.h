@@ -154,13 +154,16 @@ class Forward {
     Arena workspace(call.workspace);
     const Buffers buffers(call, team.size, workspace);
     const Place place(call.schedule, team, barriers, call.time.batch);
+    if (place.layer_groups > 1) return run_wavefront(call, buffers, team, place, barriers);
     Arena packed(const_cast<void*>(call.packed));
     for (int layer = 0; layer < call.stack.layers; ++layer) {
       const Input x = layer_input(call, buffers, layer, team);
       for (int dir = 0; dir < call.stack.directions; ++dir) {
         const Packed weights(call.stack, layer, packed);
         if (dir % place.directions != place.direction_group) continue;
-        Forward(call, buffers, team, place, weights, x, layer, dir).run_direction();
+        Forward one(call, buffers, team, place, weights, x, layer, dir);
+        one.load_initial_states();
+        one.run_steps(0, call.time.steps);
       }
       team.sync();
     }
@@ -197,13 +200,15 @@ class Forward {
   struct Buffers {
     T* layer_output[2];  // inner layers when nothing is kept
     T* dropped;          // an inner layer's output after dropout
-    T* sums[2];          // per direction, [panel][row]: begun with the projections of one chunk
-    T* h[2][2];          // per direction, double-buffered: (B, padded output)
-    T* c[2];             // per direction: (B, padded hidden) of the states behind h
-    T* m[2];             // per direction: (B, padded hidden), before the projection
-    char* x_rows;        // per thread: rows made ready for the product, of one chunk or step
-    char* h_rows;        // per thread: (B, .) of h or m
-    int64_t chunk;       // steps
+    // One for each that may run at the same time: for each direction, or for each layer.
+    T* sums;  // [panel][row]: begun with the projections of one chunk
+    T* h;     // double-buffered: (B, padded output)
+    T* c;     // (B, padded hidden) of the states behind h
+    T* m;     // (B, padded hidden), before the projection
+    int64_t sums_size, h_size, c_size, m_size;
+    char* x_rows;   // per thread: rows made ready for the product, of one chunk or step
+    char* h_rows;   // per thread: (B, .) of h or m
+    int64_t chunk;  // steps
     int64_t h_stride, c_stride, x_bytes, h_bytes;
 
     Buffers(const ForwardCall& call, int threads, Arena& arena) {
@@ -222,12 +227,17 @@ class Forward {
       if (chunk > time.steps) chunk = time.steps;
       h_stride = padded_row<T>(s.output);
       c_stride = padded_row<T>(s.hidden);
-      for (int dir = 0; dir < s.directions; ++dir) {
-        sums[dir] = arena.take<T>(chunk * step);  // the size must not depend on the schedule
-        for (T*& p : h[dir]) p = arena.take<T>(time.batch * h_stride);
-        c[dir] = arena.take<T>((Cell::states - 1) * time.batch * c_stride);
-        m[dir] = arena.take<T>(s.projected ? time.batch * c_stride : 0);
-      }
+      // The sizes must not depend on the schedule.
+      const int64_t runs = s.directions > 1 ? s.directions : s.layers;
+      const int64_t at_once = runs < threads || s.directions > 1 ? runs : threads;
+      sums_size = chunk * step;
+      h_size = time.batch * h_stride;
+      c_size = (Cell::states - 1) * time.batch * c_stride;
+      m_size = s.projected ? time.batch * c_stride : 0;
+      sums = arena.take<T>(at_once * sums_size);
+      h = arena.take<T>(runs * 2 * h_size);
+      c = arena.take<T>(runs * c_size);
+      m = arena.take<T>(runs * m_size);
       const int64_t features = s.layers > 1 && width > s.input ? width : s.input;
       x_bytes = Precision::row_bytes(features);
       h_bytes = Precision::row_bytes(s.projected ? s.hidden : s.output);
@@ -264,6 +274,31 @@ class Forward {
     }
     return {{reinterpret_cast<const char*>(input), call.time.batch * width, width, true},
             Storage::kSame};
+  }
+
+  // Layers that follow one another through time: each takes some steps once the one below it has
+  // done them. Of one direction and without masks.
+  static void run_wavefront(const ForwardCall& call, const Buffers& buffers, const Team& team,
+                            const Place& place, Barrier* barriers) {
+    const Range layers = part(call.stack.layers, place.layer_group, place.layer_groups);
+    Barrier* const counters = barriers + 1 + place.layer_groups;  // of the groups' steps
+    const int64_t steps = call.time.steps;
+    const int64_t each = wavefront_steps(steps, place.layer_groups);
+    for (int64_t done = 0, end; done < steps; done = end) {
+      end = done + each < steps ? done + each : steps;
+      if (place.layer_group > 0) wait_until(counters[place.layer_group - 1], int(end));
+      Arena packed(const_cast<void*>(call.packed));
+      for (int layer = 0; layer < layers.end; ++layer) {
+        const Packed weights(call.stack, layer, packed);
+        if (layer < layers.begin) continue;
+        const Input x = layer_input(call, buffers, layer, team);
+        Forward one(call, buffers, team, place, weights, x, layer, 0);
+        if (done == 0) one.load_initial_states();
+        one.run_steps(done, end);
+        place.sync();
+      }
+      if (place.index == 0) advance_to(counters[place.layer_group], int(end));
+    }
   }
 
   const Stack& s;
@@ -311,11 +346,12 @@ class Forward {
                    : nullptr),
         output_storage(call.y_storage),
         y_stride(call.stack.directions * call.stack.output),
-        sums(buffers.sums[dir]),
+        sums(buffers.sums + (place.layer_groups > 1 ? place.layer_group : dir) * buffers.sums_size),
         sums_first(0),
-        h{buffers.h[dir][0], buffers.h[dir][1]},
-        c(buffers.c[dir]),
-        m(buffers.m[dir]),
+        h{buffers.h + 2 * run(call, layer, dir) * buffers.h_size,
+          buffers.h + (2 * run(call, layer, dir) + 1) * buffers.h_size},
+        c(buffers.c + run(call, layer, dir) * buffers.c_size),
+        m(buffers.m + run(call, layer, dir) * buffers.m_size),
         h_stride(buffers.h_stride),
         c_stride(buffers.c_stride),
         chunk(buffers.chunk),
@@ -337,6 +373,11 @@ class Forward {
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
       final_state[i] = static_cast<T*>(call.final_state[i]) + at;
     }
+  }
+
+  // Which of the buffers that each direction, or each layer, has for itself.
+  static int64_t run(const ForwardCall& call, int layer, int dir) {
+    return call.stack.directions > 1 ? dir : layer;
   }
 
   static int64_t output_item(const ForwardCall& call) {
@@ -384,26 +425,24 @@ class Forward {
     }
   }
 
-  void run_direction() {
-    load_initial_states();
-    place.sync();
-    int current = 0;
-    for (int64_t done = 0, end; done < time.steps; done = end) {
-      end = !hoisted || done + chunk > time.steps ? time.steps : done + chunk;
-      const int64_t t0 = reverse ? time.steps - end : done;
-      const int64_t t1 = reverse ? time.steps - done : end;
+  // The steps [begin, end) of the time loop, in its direction.
+  void run_steps(int64_t begin, int64_t end) {
+    for (int64_t done = begin, next; done < end; done = next) {
+      next = !hoisted || done + chunk > end ? end : done + chunk;
+      const int64_t t0 = reverse ? time.steps - next : done;
+      const int64_t t1 = reverse ? time.steps - done : next;
       sums_first = time.first(t0);
       // No barrier: a thread projects what it will itself read in the steps.
       if (hoisted) project(t0, t1);
-      for (int64_t i = done; i < end; ++i) {
+      for (int64_t i = done; i < next; ++i) {
         const int64_t t = reverse ? time.steps - 1 - i : i;
-        step(t, h[current], h[current ^ 1], i % 2 != 0);
+        T* const after = h[(i + 1) % 2];
+        step(t, h[i % 2], after, i % 2 != 0);
         place.sync();
         if (s.projected) {
-          project_output(t, h[current ^ 1]);
+          project_output(t, after);
           place.sync();
         }
-        current ^= 1;
       }
     }
   }
@@ -421,6 +460,7 @@ class Forward {
         }
       }
     }
+    place.sync();
   }
 
   Share share() const {

@@ -76,6 +76,7 @@ struct Share {
 // One thread's place within the schedule of a layer.
 struct Place {
   int direction_group, directions;  // handles directions direction_group, + directions, ...
+  int layer_group, layer_groups;    // a wavefront: its part of the layers, as part() cuts them
   int64_t b0, b1;                   // its part of the batch
   int index, size;                  // within the threads that share that part
   Barrier* barrier;
@@ -83,13 +84,16 @@ struct Place {
   Place(const Schedule& wanted, const Team& team, Barrier* barriers, int64_t batch) {
     Schedule s = wanted;
     // The runtime may have given another number of threads than the schedule was made for.
-    if (s.threads() != team.size || s.direction_groups * s.batch_groups >= kMaxBarriers) {
+    if (s.threads() != team.size ||
+        s.direction_groups * s.batch_groups * s.layer_groups >= kMaxBarriers) {
       s = Schedule{1, 1, team.size};
     }
     const int group = team.index / s.unit_threads;
     index = team.index % s.unit_threads;
     size = s.unit_threads;
-    direction_group = group / s.batch_groups;
+    layer_groups = s.layer_groups;
+    layer_group = group % s.layer_groups;
+    direction_group = s.layer_groups > 1 ? 0 : group / s.batch_groups;
     directions = s.direction_groups;
     const Range range = part(batch, group % s.batch_groups, s.batch_groups);
     b0 = range.begin;

@@ -61,24 +61,43 @@ struct Model {
     step += kStep;
     if (schedule.unit_threads > 1) step += kBarrier + kBarrierPerThread * schedule.unit_threads;
 
-    double total = schedule.threads() > 1 ? kWake : 0;
-    for (int layer = 0; layer < s.layers; ++layer) {
-      const double projection =
-          double(time.steps) * rows * columns * double(s.layer_input(layer)) * share / rate;
-      total +=
-          (double(time.steps) * step + projection) * (s.directions / schedule.direction_groups);
+    // The group of layers that takes longest sets the pace of a wavefront, which the last group
+    // joins once the others have done their first part.
+    double most = 0;
+    for (int group = 0; group < schedule.layer_groups; ++group) {
+      const Range layers = part(s.layers, group, schedule.layer_groups);
+      double sum = 0;
+      for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
+        const double projection =
+            double(time.steps) * rows * columns * double(s.layer_input(int(layer))) * share / rate;
+        sum +=
+            (double(time.steps) * step + projection) * (s.directions / schedule.direction_groups);
+      }
+      if (sum > most) most = sum;
     }
-    return total;
+    if (schedule.layer_groups > 1) {
+      const double each = double(wavefront_steps(time.steps, schedule.layer_groups));
+      const double parts = ceiling(double(time.steps), each);
+      most *= (parts + schedule.layer_groups - 1) / parts;
+      most += parts * (kBarrier + kBarrierPerThread * schedule.layer_groups);
+    }
+    return most + (schedule.threads() > 1 ? kWake : 0);
   }
 };
 
 }  // namespace
 
 Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels& cell, int threads,
-                         bool barriers) {
+                         bool barriers, bool wavefront) {
   const Model model{s, time, cell};
   Schedule best{1, 1, 1};
   double least = model.cost(best);
+  const auto consider = [&](const Schedule& candidate) {
+    const double cost = model.cost(candidate);
+    if (cost >= least) return;
+    least = cost;
+    best = candidate;
+  };
   for (int directions = 1; directions <= s.directions; ++directions) {
     const int each = threads / directions;
     for (int groups = 1; groups <= each && groups * directions < kMaxBarriers; ++groups) {
@@ -87,13 +106,15 @@ Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels
       const int most = barriers ? each / groups : 1;
       for (int units = 1; units <= most;
            units = units < most && units * 2 > most ? most : units * 2) {
-        const Schedule candidate{directions, groups, units};
-        const double cost = model.cost(candidate);
-        if (cost < least) {
-          least = cost;
-          best = candidate;
-        }
+        consider({directions, groups, units});
       }
+    }
+  }
+  const int deepest = wavefront && barriers && s.directions == 1 ? s.layers : 1;
+  for (int groups = 2; groups <= threads && groups <= deepest && 2 * groups < kMaxBarriers - 1;
+       ++groups) {
+    for (int units = 1; units * groups <= threads; units *= 2) {
+      consider({1, 1, units, groups});
     }
   }
   return best;

@@ -51,6 +51,17 @@ inline void pause_cpu() {
 #endif
 }
 
+template <class Done>
+void spin(Done done) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (done()) return;
+    pause_cpu();
+  }
+  const int64_t began = now();
+  while (!done()) sched_yield();
+  lost.fetch_add(now() - began, std::memory_order_relaxed);
+}
+
 }  // namespace
 
 void wait(Barrier& barrier, int size) {
@@ -60,13 +71,15 @@ void wait(Barrier& barrier, int size) {
     __atomic_store_n(&barrier.phase, phase + 1, __ATOMIC_RELEASE);
     return;
   }
-  for (int spins = 0; spins < kSpins; ++spins) {
-    if (__atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) != phase) return;
-    pause_cpu();
-  }
-  const int64_t began = now();
-  while (__atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
-  lost.fetch_add(now() - began, std::memory_order_relaxed);
+  spin([&] { return __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) != phase; });
+}
+
+void wait_until(Barrier& counter, int value) {
+  spin([&] { return __atomic_load_n(&counter.phase, __ATOMIC_ACQUIRE) >= value; });
+}
+
+void advance_to(Barrier& counter, int value) {
+  __atomic_store_n(&counter.phase, value, __ATOMIC_RELEASE);
 }
 
 bool crowded() {

@@ -16,6 +16,10 @@ struct alignas(64) Barrier {
 
 void wait(Barrier& barrier, int size);
 
+// A counter of work done, in a Barrier's memory: who needs it waits until it has come so far.
+void wait_until(Barrier& counter, int value);
+void advance_to(Barrier& counter, int value);
+
 // One thread's place in a team. Barriers of the sub-teams are the engine's to hand out.
 struct Team {
   int index = 0;

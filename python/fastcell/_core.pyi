@@ -87,11 +87,15 @@ class Stack:
 
     def explain(
         self, steps: int, batch: int, rows: int, offsets: int, threads: int, /
-    ) -> tuple[int, int, int]:
-        """How a call would be shared out: (direction groups, batch groups, threads per group)."""
+    ) -> tuple[int, int, int, int]:
+        """How a forward call would be shared out.
+
+        (direction groups, batch groups, threads per group, layer groups); their product is the
+        number of threads. A backward call has no layer groups.
+        """
 
     def force_schedule(
-        self, direction_groups: int, batch_groups: int, unit_threads: int, /
+        self, direction_groups: int, batch_groups: int, unit_threads: int, layer_groups: int, /
     ) -> None:
         """Share out every call so from now on; zeros: as the model chooses. For tests."""
 
@@ -166,6 +170,7 @@ class Stack:
         workspace: int,
         d_x_step: int,
         d_x_row: int,
+        accumulate: bool,
         threads: int,
         /,
     ) -> None:

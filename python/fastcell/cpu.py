@@ -75,9 +75,11 @@ def forward(
     batch_sizes: Tensor | None,
     masks: Tensor | None,
     keep: bool,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs the stack: (output, final states, what the backward call needs or None).
 
+    ``output``: where to write it, steps of a tensor that an earlier call could have returned.
     The arguments are taken as checked. Input and states may have 16 bits, then the results have
     too; ``masks`` are float32 then.
     """
@@ -91,6 +93,9 @@ def forward(
         x_step, x_row, _ = x.stride()
         if config.batch_first:
             steps, batch, x_step, x_row = batch, steps, x_row, x_step
+        if output is not None:
+            y = output
+        elif config.batch_first:
             # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
             y = x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
         else:
@@ -100,7 +105,7 @@ def forward(
         offsets = row_offsets(batch_sizes)
         steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
         x_step, x_row = 0, x.stride()[0]
-        y = x.new_empty((rows, width))
+        y = x.new_empty((rows, width)) if output is None else output
 
     like = x
     if storage != "same":
@@ -155,10 +160,13 @@ def backward(
     masks: Tensor | None,
     reserve: Tensor,
     needs: Sequence[bool],
+    d_x: Tensor | None = None,
+    add_to: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
 
-    ``reserve`` is what ``forward`` kept for the other arguments.
+    ``reserve`` is what ``forward`` kept for the other arguments. ``d_x``: where to write the
+    input's gradient; ``add_to``: gradients of the weights, to be added to.
     """
     stack = plan_for(config, x, weights).stack
     hx = () if hx is None else [dense(h) for h in hx]
@@ -166,7 +174,11 @@ def backward(
     # (empty_like is quicker than new_empty, and of a contiguous tensor it is contiguous.)
     x = _dense_rows(x)
     like = (x if x.is_contiguous() else x.new_empty(x.shape), *hx, *weights)
-    grads = [torch.empty_like(t) if need else None for t, need in zip(like, needs, strict=True)]
+    given = [d_x, *[None] * len(hx), *(add_to or [None] * len(weights))]
+    grads = [
+        (torch.empty_like(t) if into is None else into) if need else None
+        for t, need, into in zip(like, needs, given, strict=True)
+    ]
     d_x, d_hx, d_weights = grads[0], grads[1 : 1 + len(hx)], grads[1 + len(hx) :]
     d_y = None if grad_output is None else _dense_rows(grad_output)
     x_step, x_row = x.stride()[:2]
@@ -192,8 +204,8 @@ def backward(
     if masks is not None:
         masks = dense(masks)
     # None also stands for a second state that the cell does not have.
-    given = [None if g is None else dense(g) for g in grad_states]
-    d_h_final, d_c_final = (*given, None)[:2]
+    d_states = [None if g is None else dense(g) for g in grad_states]
+    d_h_final, d_c_final = (*d_states, None)[:2]
     h, c = (*hx, None, None)[:2]
     d_h, d_c = (*d_hx, None, None)[:2]
     threads = torch.get_num_threads()
@@ -225,6 +237,7 @@ def backward(
         workspace,
         d_x_step,
         d_x_row,
+        add_to is not None,
         threads,
     )
     return grads

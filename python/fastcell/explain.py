@@ -260,8 +260,12 @@ def _extent(module: torch.nn.Module, input: Tensor | PackedSequence) -> _Extent:
     return _Extent(steps, batch, steps * batch, None)
 
 
-def _schedule(direction_groups: int, batch_groups: int, unit_threads: int) -> str:
+def _schedule(
+    direction_groups: int, batch_groups: int, unit_threads: int, layer_groups: int
+) -> str:
     parts = []
+    if layer_groups > 1:
+        parts.append(f"the layers in {layer_groups} groups, one after another as a wavefront")
     if direction_groups > 1:
         parts.append("both directions at once")
     if batch_groups > 1:

@@ -46,6 +46,7 @@ class Stack(Protocol):
     dropout: float
     bidirectional: bool
     training: bool
+    recompute: bool
 
 
 @dataclass
@@ -59,6 +60,7 @@ class _Stack:
     dropout: float
     bidirectional: bool
     training: bool
+    recompute: bool
 
 
 def rnn(
@@ -74,6 +76,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[In, Tensor]:
     """An Elman network, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in layers.
 
@@ -90,6 +93,7 @@ def rnn(
         nonlinearity: ``"tanh"`` or ``"relu"``.
         dropout: probability with which an element between two layers is zeroed, if ``training``.
         batch_sizes: int64 CPU tensor (T,): how many sequences are alive at each step.
+        recompute: training with O(sqrt(T)) memory, as in :class:`fastcell.RNN`.
 
     Returns:
         The output in the input's layout, (T, B, D*H), and h_n of shape (L*D, B, H).
@@ -105,7 +109,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
         "rnn_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
     )  # fmt: skip
     return output, states[0]
 
@@ -122,6 +126,7 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[In, tuple[Tensor, Tensor]]:
     """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
 
@@ -136,8 +141,8 @@ def lstm(
             layer (4*H, D*P)), ``weight_hh`` (4*H, P), with ``bias`` also ``bias_ih`` (4*H,) and
             ``bias_hh`` (4*H,), and for a projection ``weight_hr`` (P, H). Their number tells
             whether there is a projection.
-        bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes: as for
-            :func:`rnn`.
+        bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, recompute: as
+            for :func:`rnn`.
 
     Returns:
         The output in the input's layout, (T, B, D*P), and (h_n, c_n), shaped as ``hx``.
@@ -150,7 +155,7 @@ def lstm(
     """
     output, states = _run(
         "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
     )  # fmt: skip
     return output, (states[0], states[1])
 
@@ -167,6 +172,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[In, Tensor]:
     """Gated recurrent units in layers, gates in the order r, z, n, reset after the product.
 
@@ -177,7 +183,7 @@ def gru(
     """
     output, states = _run(
         "gru", input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
     )  # fmt: skip
     return output, states[0]
 
@@ -202,6 +208,7 @@ def _run(
     dropout: float,
     bidirectional: bool,
     training: bool,
+    recompute: bool,
 ) -> tuple[In, States]:
     """A public function's call: the sizes are read off the weights of the first layer."""
     spec = CELLS[cell]
@@ -225,7 +232,7 @@ def _run(
         )
     stack = _Stack(
         w_ih.shape[1], w_hh.shape[0] // spec.gates, w_hh.shape[1] if projected else 0,
-        num_layers, bias, batch_first, dropout, bidirectional, training,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
     )  # fmt: skip
 
     def refuse(input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
@@ -429,4 +436,5 @@ def _launch(
         batch_first=layer.batch_first,
         dropout=dropout,
         training=training,
+        recompute=layer.recompute,
     )

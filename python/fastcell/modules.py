@@ -36,7 +36,14 @@ class Swappable(torch.nn.Module):
 
 
 class _Layer(Swappable, torch.nn.RNNBase):
-    """What the three layers have in common: where the weights are read."""
+    """What the three layers have in common: where the weights are read, and fastcell's options."""
+
+    # Only a layer that was told otherwise has an attribute of its own: the others have torch.nn's.
+    recompute: bool = False
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return f"{text}, recompute=True" if self.recompute else text
 
     def flatten_parameters(self) -> None:
         """Kept for programs that call it; the kernels pack weights themselves."""
@@ -79,6 +86,10 @@ class RNN(_Layer):
         dropout: probability of dropping an element between layers, in training.
         bidirectional: a second direction, backwards in time, concatenated; D = 2, else 1.
         device, dtype: of the parameters.
+        recompute: train with O(sqrt(T)) memory: a backward pass computes again what it needs, in
+            segments of the sequence, which takes another forward pass. Also an attribute. With two
+            directions the layers' outputs are kept, and input is not packed. Has no effect under
+            torch.compile and torch.func, and with dropout draws other masks than without.
 
     Call: ``output, h_n = layer(input, h_0=None)``.
         input: (T, B, I), (T, I) without a batch, or a PackedSequence.
@@ -107,11 +118,13 @@ class RNN(_Layer):
             bidirectional: bool = False,
             device: torch.device | str | int | None = None,
             dtype: torch.dtype | None = None,
+            *,
+            recompute: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
             _refuse_projection(kwargs)
             if len(args) > 3:
                 nonlinearity, args = args[3], (*args[:3], *args[4:])
@@ -123,6 +136,8 @@ class RNN(_Layer):
                 )
             super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
             self.nonlinearity = nonlinearity
+            if recompute:
+                self.recompute = True
 
     def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
         cell = CELL_OF_MODE.get(self.mode)
@@ -140,8 +155,8 @@ class LSTM(_Layer):
     Drop-in for torch.nn.LSTM.
 
     Args:
-        input_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for
-            :class:`RNN`.
+        input_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute:
+            as for :class:`RNN`.
         hidden_size: memory cells, H.
         proj_size: outputs of a step, P < H, as h_t = W_hr (o_t * tanh(c_t)); 0 for no projection
             (then P = H).
@@ -173,12 +188,16 @@ class LSTM(_Layer):
             proj_size: int = 0,
             device: torch.device | str | int | None = None,
             dtype: torch.dtype | None = None,
+            *,
+            recompute: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
             super().__init__("LSTM", *args, **kwargs)
+            if recompute:
+                self.recompute = True
 
     # torch.nn.LSTM's versions of three methods of RNNBase, for a pair of states. Their messages
     # are then those of the torch that is installed.
@@ -219,7 +238,7 @@ class GRU(_Layer):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype: as for :class:`RNN`.
+            dtype, recompute: as for :class:`RNN`.
 
     Call: ``output, h_n = layer(input, h_0=None)``, shapes as for :class:`RNN`.
 
@@ -242,13 +261,17 @@ class GRU(_Layer):
             bidirectional: bool = False,
             device: torch.device | str | int | None = None,
             dtype: torch.dtype | None = None,
+            *,
+            recompute: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
             _refuse_projection(kwargs)
             super().__init__("GRU", *args, **kwargs)
+            if recompute:
+                self.recompute = True
 
     def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
         output, states = run_stack(

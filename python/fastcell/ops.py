@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import composite, cpu, operators, transforms, vmap
+from . import recompute as segments
 from .autograd import differentiable
 from .cells import CELLS
 from .operators import CONFIG_SCHEMA, PLAIN
@@ -49,6 +50,7 @@ def sequence(
     dropout: float,
     training: bool,
     single_step: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack of recurrent layers over a sequence.
 
@@ -59,6 +61,8 @@ def sequence(
         weights: flat, in torch's order.
         batch_sizes: of a PackedSequence, or None.
         single_step: the call is one step of a cell module; decides how autocast applies.
+        recompute: keep little for the backward pass (``recompute.py``), where the kernels are
+            called directly.
 
     Returns:
         The output in the input's layout and the final states. The arguments are taken as checked:
@@ -69,10 +73,14 @@ def sequence(
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
     products = "bfloat16" if input.dtype is torch.bfloat16 else "exact"
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
-    masks = None
-    if dropout > 0 and training and num_layers > 1:
-        masks = _dropout_masks(config, input, weights, dropout)
+    if not training or num_layers == 1:
+        dropout = 0.0
     path = route(input, weights)
+    if recompute and (path != "kernel" or not _wants_gradient(input, hx, weights)):
+        recompute = False
+    masks = None
+    if dropout > 0 and not recompute:
+        masks = _dropout_masks(config, input, weights, dropout)
     if input.dtype in _NARROW:
         masks = None if masks is None else masks.float()
         if path != "kernel" or _wants_gradient(input, hx, weights):
@@ -82,7 +90,9 @@ def sequence(
 
     output: Tensor
     states: Sequence[Tensor]
-    if path == "kernel":
+    if recompute:
+        output, states = segments.sequence(config, input, hx, weights, batch_sizes, dropout)
+    elif path == "kernel":
         try:
             output, states = _direct(config, input, hx, weights, batch_sizes, masks)
         except RuntimeError:

@@ -208,6 +208,7 @@ class QuantizedLayer(_Quantized):
         self.batch_first = layer.batch_first
         self.dropout = 0.0
         self.bidirectional = layer.bidirectional
+        self.recompute = False
         self.dtype = dtype
         self._cell = CELL_OF_MODE[layer.mode]
         self._groups = []
