@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -423,8 +424,61 @@ def test_a_real_run_of_odd_stacks(tmp_path: Path) -> None:
     argv = ["--layers", "2", "--bidirectional", "--ragged"]
     for cell in ("LSTM", "GRU", "RNN", "RNN_RELU"):
         argv += ["--shape", f"{cell}:6:3:5:7"]
-    assert cli.main([*argv, "--json", str(path), *FAST]) == 0
+    assert cli.main([*argv, "--json", str(path), *PATIENT]) == 0
     for row in _rows(path):
         expected = {"ok"} if row["mode"] == "inference" else {"ok", "unsupported"}
         assert {outcome["status"] for outcome in row["contenders"].values()} <= expected, row
         assert row["contenders"]["torch"]["ratio"] > 0
+
+
+def _if_installed(name: str) -> Any:
+    missing = [module for module in REGISTRY[name].requires if not importlib.util.find_spec(module)]
+    reason = f"{name} needs {', '.join(missing)}"
+    return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=reason))
+
+
+COMPILED = [_if_installed("keras"), _if_installed("jax")]
+# A peer that compiles may take long over a case before it answers, and while others compute longer.
+PATIENT = [*FAST, "--timeout", "120"]
+
+
+@pytest.mark.parametrize("peer", COMPILED)
+def test_a_compiled_peer_trains_what_it_infers(peer: str, tmp_path: Path) -> None:
+    """Gates, biases, directions and layers are where torch has them, to the last bits of float64;
+    test_a_real_run_of_odd_stacks has float32 and samples of different lengths."""
+    path = tmp_path / "run.json"
+    argv = ["--peers", peer, "--dtype", "float64", "--layers", "2", "--bidirectional"]
+    for cell in ("LSTM", "GRU", "RNN", "RNN_RELU"):
+        argv += ["--shape", f"{cell}:4:3:5:7"]
+    assert cli.main([*argv, "--json", str(path), *PATIENT]) == 0
+    rows = _rows(path)
+    assert [row["mode"] for row in rows] == 4 * ["inference"] + 4 * ["training"]
+    for row in rows:
+        assert row["contenders"][peer]["status"] == "ok", row
+        assert row["contenders"][peer]["seconds"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("peer", COMPILED)
+def test_a_compiled_peer_keeps_to_its_threads(peer: str, tmp_path: Path) -> None:
+    """Of its threads one at a time runs or waits for a core, whatever else the machine does."""
+    worker = WorkerProcess(REGISTRY[peer], 1)
+
+    def thread_seconds() -> float:
+        """Running and waiting for a core, all threads together."""
+        states = Path(f"/proc/{worker.pid}/task").glob("*/schedstat")
+        return 1e-9 * sum(sum(map(int, state.read_text().split()[:2])) for state in states)
+
+    try:
+        worker.wait_until_ready(120)
+        case = Case("LSTM", 20, 64, 256, 256)
+        results = str(tmp_path / "results.npz")
+        answer = worker.ask({"do": "prepare", "case": case.to_json(), "results": results}, 120)
+        assert answer["threads"] == 1
+        before, start = thread_seconds(), time.monotonic()
+        worker.ask({"do": "block", "seconds": 0.5, "warm": 0.0}, 120)
+        elapsed = time.monotonic() - start
+        # Between what one thread and what two would take.
+        assert thread_seconds() - before < 1.5 * elapsed
+    finally:
+        worker.close()

@@ -335,6 +335,12 @@ def test_json_of_a_run_and_the_picture(prose, capsys):
     ]
     assert report["training_ratio"] == pytest.approx(sorted(ratios)[len(ratios) // 2])
     assert report["agreement"]["ok"] is True
+    exact = report["fastcell"]["held_out_loss"]
+    for name, allowed in (("bfloat16", 1e-3), ("int8", 5e-3)):
+        found = report["quantized"][name]
+        assert found["held_out_loss"] != exact
+        assert found["relative_change"] == found["held_out_loss"] / exact - 1
+        assert abs(found["relative_change"]) <= allowed
     assert report["config"]["threads"] == 1
     assert len(report["sample"]["text"]) == 60
 

@@ -201,10 +201,10 @@ class WeightGradient {
     for (int64_t p = 0; p < panel_count(n); ++p) {
       const int64_t left = n - p * kColumns;
       const bool full = left >= kColumns;
-      for (int64_t tile = m0; tile < m1; ++tile) {
-        const int64_t row = tile * kRows;
+      for (int64_t i_tile = m0; i_tile < m1; ++i_tile) {
+        const int64_t row = i_tile * kRows;
         const int count = int(m - row < kRows ? m - row : kRows);
-        const T* a_tile = a + (tile - m0) * depth * kRows;
+        const T* a_tile = a + (i_tile - m0) * depth * kRows;
         const T* a_rows[kRows];
         T* c[kRows];
         for (int i = 0; i < count; ++i) {

@@ -1,7 +1,8 @@
 // The innermost product: a register tile of R rows times N vectors of columns.
 //
-// Each output element is one chain of FMAs over k, in order, whatever the tile around it: results
-// do not depend on how rows and columns are grouped (docs/numerics.md, "the same bits").
+// Each output element is a sum of chains of FMAs over k, each begun at zero and of fixed length, in
+// order, whatever the tile around it: results do not depend on how rows and columns are grouped
+// (docs/numerics.md, "the same bits").
 #pragma once
 
 #include "simd.h"
@@ -47,45 +48,48 @@ struct TileArgs {
   int64_t k;             // groups
   Sum* const* c;         // one pointer per row
   int64_t c_step;        // elements from one vector of a row of c to the next
-  const Sum* init;       // what the sums begin with: [N vectors] for all rows, or null for c itself
+  const Sum* init;  // what the sums are added to: [N vectors] for all rows, or null for c itself
 };
 
+// One chain: c += a times the panel, or init + that.
 template <class P, int R, int N, int AStep>
 void tile(const TileArgs<P>& t) {
-  using Element = typename P::Element;
-  using Sum = typename P::Sum;
-  using V = Vec<Sum>;
+  using V = Vec<typename P::Sum>;
   V acc[R][N];
-  const Element* a[R];
+  const typename P::Element* a[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) a[r] = t.a[r] + t.a_offset * P::group;
-  const int64_t init_step = t.init ? V::lanes : t.c_step;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const Sum* const from = t.init ? t.init : t.c[r];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[r][n] = V::load(from + n * init_step);
+    for (int n = 0; n < N; ++n) acc[r][n] = V(0);
   }
-  const Element* panel = t.panel;
+  const typename P::Element* panel = t.panel;
   const int64_t count = t.k;
   for (int64_t k = 0; k < count; ++k, panel += N * V::lanes * P::group) {
 #pragma GCC unroll 4
     for (int part = 0; part < P::parts; ++part) {
-      typename P::Columns w[N];
+      typename P::Columns columns[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = P::columns(panel + n * V::lanes * P::group, part);
+      for (int n = 0; n < N; ++n) {
+        columns[n] = P::columns(panel + n * V::lanes * P::group, part);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const auto x = P::row(a[r] + k * AStep * P::group, part);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[r][n] = P::add(x, w[n], acc[r][n]);
+        for (int n = 0; n < N; ++n) acc[r][n] = P::add(x, columns[n], acc[r][n]);
       }
     }
   }
+  const int64_t init_step = t.init ? V::lanes : t.c_step;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+    const auto* const from = t.init ? t.init : t.c[r];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[r][n].store(t.c[r] + n * t.c_step);
+    for (int n = 0; n < N; ++n) {
+      (V::load(from + n * init_step) + acc[r][n]).store(t.c[r] + n * t.c_step);
+    }
   }
 }
 
@@ -102,24 +106,25 @@ FASTCELL_INLINE void run_tile(int rows, int vectors, const TileArgs<P>& t) {
   tile<P, top, N, AStep>(t);
 }
 
-// Rows that pass over one panel together. Their sums must stay in cache between blocks of k.
+// The length of a chain, in groups of k: the rounding errors of a sum grow with it. And a panel's
+// part of that length stays in the nearest cache while several tiles use it: an L2 cannot feed two
+// FMA units with 4 vectors per 24 operations.
+constexpr int64_t kChain = 128;
+
+// Rows that pass over one panel together. Their sums must stay in cache between chains.
 constexpr int kRowBlock = 96;
 
-// c[row] (+)= a[row] times a whole panel, for up to kRowBlock rows. In blocks of k such that the
-// panel's part stays in the nearest cache (32 KB) while all rows use it: an L2 cannot feed two FMA
-// units with 4 vectors per 24 operations.
-// `depth` is in groups.
+// c[row] (+)= a[row] times a whole panel, for up to kRowBlock rows, chain by chain. `depth` is in
+// groups.
 template <class P>
 FASTCELL_INLINE void multiply_panel(const typename P::Element* const* a, typename P::Sum* const* c,
                                     int rows, const typename P::Element* panel, int vectors,
                                     int64_t depth, int64_t c_step, const typename P::Sum* init) {
   const int rows_each = tile_rows(vectors);
   const int tiles = (rows + rows_each - 1) / rows_each;
-  int64_t block = 32768 / (vectors * kVectorBytes);
-  if (tiles <= 1) block = depth;  // nothing is used twice
   int64_t k = 0;
   do {
-    const int64_t count = depth - k < block ? depth - k : block;
+    const int64_t count = depth - k < kChain ? depth - k : kChain;
     // Tiles of nearly equal height: a low one would wait for the panel, not for its sums.
     for (int i = 0, r = 0; i < tiles; ++i) {
       const int n = (rows - r + tiles - i - 1) / (tiles - i);

@@ -25,6 +25,8 @@ REGISTRY: dict[str, Entry] = {
         Entry("numpy", f"{_HERE}.numpy_reference:NumpyReference", ("numpy", "fastcell")),
         Entry("onnxruntime", f"{_HERE}.onnx_runtime:OnnxRuntime", ("onnxruntime", "onnx")),
         Entry("openvino", f"{_HERE}.open_vino:OpenVino", ("openvino", "onnx")),
+        Entry("keras", f"{_HERE}.keras_layers:KerasLayers", ("tensorflow", "keras")),
+        Entry("jax", f"{_HERE}.jax_scan:JaxScan", ("jax", "jaxlib")),
     )
 }
 PEERS = tuple(name for name in REGISTRY if name != OURS)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
+from typing import cast
 
 import torch
 
@@ -17,7 +18,7 @@ from . import plot
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import UserError
 from .files import check_writable
-from .model import ModelConfig
+from .model import CharacterModel, ModelConfig
 from .progress import Progress
 from .report import Report, heading, make_report, to_text
 from .sample import sample
@@ -26,6 +27,8 @@ from .train import (
     DivergedError,
     TrainConfig,
     Training,
+    Windows,
+    held_out_loss,
     make_training,
     train_side_by_side,
 )
@@ -114,6 +117,7 @@ def train_and_sample(args: argparse.Namespace) -> int:
         save_checkpoint(args.save, training.fastcell.model, corpus.vocabulary, corpus.opening)
 
     report = make_report(corpus, model, config, training)
+    report["quantized"] = quantized_losses(training, held_out_windows(corpus, config))
     add_sample(report, training, corpus.vocabulary, prompt, args)
     draw(args.out, report)
     report.update(picture=args.out, checkpoint=args.save)
@@ -147,6 +151,20 @@ def interrupted(args: argparse.Namespace, corpus: Corpus, training: Training) ->
         sentence += f"; the model so far is in {args.save}"
     print(sentence, file=sys.stderr)
     return 130
+
+
+def quantized_losses(training: Training, pieces: Windows) -> Report:
+    """The trained model's held-out loss with its recurrent weights stored small."""
+    import fastcell
+
+    exact = training.fastcell.held_out[-1]
+    found = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        small = cast(CharacterModel, fastcell.quantize(training.fastcell.model, dtype))
+        loss = held_out_loss(small, pieces)
+        name = str(dtype).removeprefix("torch.")
+        found[name] = {"held_out_loss": loss, "relative_change": loss / exact - 1}
+    return found
 
 
 def add_sample(

@@ -135,6 +135,12 @@ def _agreement(report: Report) -> list[str]:
 def to_text(report: Report) -> str:
     """The report for a person."""
     lines = [*_table(report), "", *_agreement(report)]
+    if "quantized" in report:
+        losses = [
+            f"{found['held_out_loss']:.4f} ({name}, {found['relative_change']:+.3%})"
+            for name, found in report["quantized"].items()
+        ]
+        lines.append(f"quantized   held-out loss with small weights: {', '.join(losses)}")
     sample = report["sample"]
     lines += [
         "",
