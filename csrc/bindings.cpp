@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <optional>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "small_call.h"
 
 namespace py = pybind11;
 
@@ -142,7 +144,7 @@ class BoundStack {
   }
 
   Schedule schedule(const Timeline& time, int threads, bool barriers, bool wavefront) const {
-    if (forced_.direction_groups > 0) return forced_;
+    if (forced_.direction_groups > 0 && (wavefront || forced_.layer_groups == 1)) return forced_;
     return choose_schedule(stack_, time, kernels_, threads, barriers, wavefront);
   }
 
@@ -198,13 +200,14 @@ class BoundStack {
   }
 
   // For calls that keep nothing: all but time, schedule, input, states and output.
-  ForwardCall inference_call(Pointer packed, Pointer workspace) const {
+  ForwardCall inference_call(const void* packed, void* workspace) const {
     ForwardCall call{};
     call.stack = stack_;
-    call.packed = as(packed);
-    call.workspace = as(workspace);
+    call.packed = packed;
+    call.workspace = workspace;
     return call;
   }
+  const Stack& stack() const { return stack_; }
 
   void run(const ForwardCall& call) const { launch(call, kernels_.forward); }
 
@@ -284,7 +287,7 @@ class BoundStream {
   // states: of each kind (h, and c) a pair, current and next, (L, B, features).
   void bind(Pointer packed, const std::vector<std::pair<Pointer, Pointer>>& states,
             Pointer workspace, int64_t most_steps) {
-    call_ = stack_.inference_call(packed, workspace);
+    call_ = stack_.inference_call(as(packed), as(workspace));
     if (int(states.size()) > kMaxStates) throw std::invalid_argument("bind: too many states");
     for (size_t i = 0; i < states.size(); ++i) {
       call_.state[i] = as(current_ ? states[i].second : states[i].first);
@@ -333,6 +336,23 @@ class BoundStream {
 // sample of 64 words, since reading them all would cost as much as a step does.
 class Hash {
  public:
+  void add(const void* from, int64_t count, int64_t item_size, bool whole) {
+    constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
+    const char* data = static_cast<const char*>(from);
+    if (whole || count <= kSmall) {
+      add_whole(data, count * item_size);
+    } else {
+      add_sample(data, count * item_size);
+    }
+  }
+
+  std::uint64_t value() const {
+    std::uint64_t value = 0;
+    for (std::uint64_t way : ways_) value = mix(value, way);
+    return value;
+  }
+
+ private:
   void add_whole(const char* data, int64_t bytes) {
     int64_t i = 0;
     for (; i + int64_t(sizeof ways_) <= bytes; i += sizeof ways_) {
@@ -356,13 +376,6 @@ class Hash {
     }
   }
 
-  std::uint64_t value() const {
-    std::uint64_t value = 0;
-    for (std::uint64_t way : ways_) value = mix(value, way);
-    return value;
-  }
-
- private:
   static constexpr int kWays = 8;  // side by side: one would wait for its own products
   static constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15ull;
 
@@ -384,18 +397,125 @@ class Hash {
 
 std::uint64_t fingerprint(const std::vector<std::tuple<Pointer, int64_t, int64_t>>& tensors,
                           bool whole) {
-  constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
   Hash hash;
   for (const auto& [pointer, count, item_size] : tensors) {
-    const char* data = as<const char>(pointer);
-    if (whole || count <= kSmall) {
-      hash.add_whole(data, count * item_size);
-    } else {
-      hash.add_sample(data, count * item_size);
-    }
+    hash.add(as(pointer), count, item_size, whole);
   }
   return hash.value();
 }
+
+// One layer's call at one shape, without a backward pass.
+class SmallCall {
+ public:
+  // attributes: of the module, and their values; sizes of the input, (T, B, I) or as the module has
+  // it; weights by name, in the order in which they were packed.
+  SmallCall(const BoundStack& stack, const py::object& capsule, py::dict attributes,
+            const std::vector<std::pair<py::str, py::object>>& weights, py::object packed,
+            py::object workspace, Pointer workspace_pointer, Pointer packed_pointer, int64_t steps,
+            int64_t batch, bool batch_first, int threads)
+      : stack_(stack),
+        api_(exchange_api(capsule)),
+        attributes_(std::move(attributes)),
+        packed_(std::move(packed)),
+        workspace_(std::move(workspace)),
+        call_(stack.inference_call(as(packed_pointer), as(workspace_pointer))),
+        steps_(steps),
+        batch_(batch),
+        batch_first_(batch_first),
+        threads_(threads) {
+    if (!api_) throw std::invalid_argument("the exchange API is of another version");
+    for (const auto& [name, weight] : weights) weights_.emplace_back(name, weight, *api_);
+    call_.time = {steps, batch, steps * batch, nullptr};
+    fingerprint_ = fingerprint_now();
+  }
+
+  // Runs, if nothing has changed but numbers: true; else nothing was done. `states`: the initial
+  // ones or None; the results are tensors of the right sizes, contiguous but for `batch_first`.
+  bool run(const py::dict& module, const py::object& input, const py::object& h0,
+           const py::object& c0, const py::object& y, const py::object& h, const py::object& c,
+           int threads) {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    static PyObject* const parameters_name = PyUnicode_InternFromString("_parameters");
+    if (threads != threads_ || PyThread_get_thread_ident() != thread_) return false;
+    PyObject *name, *value;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(attributes_.ptr(), &at, &name, &value)) {
+      if (PyDict_GetItem(module.ptr(), name) != value) return false;
+    }
+    PyObject* const parameters = PyDict_GetItem(module.ptr(), parameters_name);
+    if (!parameters) return false;
+    for (const RecordedWeight& weight : weights_) {
+      if (!weight.is_in(parameters, *api_, is_neg)) return false;
+    }
+    const Stack& s = stack_.stack();
+    dlpack::Tensor x;
+    const int64_t first = batch_first_ ? batch_ : steps_, second = batch_first_ ? steps_ : batch_;
+    if (!view(input, is_neg, {first, second, s.input}, x) || x.strides[2] != 1) return false;
+    call_.x = {static_cast<const char*>(x.data), x.strides[batch_first_], x.strides[!batch_first_],
+               false};
+    const PyObject* const none = Py_None;
+    const py::object* const given[] = {&h0, &c0};
+    const py::object* const results[] = {&h, &c};
+    const int64_t runs = int64_t(s.layers) * s.directions;
+    for (int i = 0; i < kMaxStates; ++i) {
+      call_.state[i] = nullptr;
+      call_.final_state[i] = nullptr;
+      dlpack::Tensor state;
+      const int64_t size = s.state_size(i);
+      if (given[i]->ptr() != none) {
+        if (!view(*given[i], is_neg, {runs, batch_, size}, state) || state.strides[2] != 1 ||
+            state.strides[1] != size || state.strides[0] != batch_ * size) {
+          return false;
+        }
+        call_.state[i] = state.data;
+      }
+      if (results[i]->ptr() == none) continue;
+      if (!RecordedWeight::see(results[i]->ptr(), *api_, state)) return false;
+      call_.final_state[i] = state.data;
+    }
+    dlpack::Tensor output;
+    if (!RecordedWeight::see(y.ptr(), *api_, output)) return false;
+    call_.y = output.data;
+    if (fingerprint_now() != fingerprint_) return false;
+    const bool barriers = !crowded();
+    if (barriers != barriers_ || call_.schedule.direction_groups == 0) {
+      call_.schedule = stack_.schedule(call_.time, threads_, barriers, true);
+      barriers_ = barriers;
+    }
+    stack_.run(call_);
+    return true;
+  }
+
+ private:
+  bool view(const py::object& object, PyObject* is_neg, std::initializer_list<int64_t> shape,
+            dlpack::Tensor& out) const {
+    if (!RecordedWeight::see(object.ptr(), *api_, out)) return false;
+    const int bits = stack_.item_size() * 8;
+    return out.device_type == dlpack::kCpu && out.type_code == dlpack::kFloat &&
+           out.type_bits == bits && out.rank == int(shape.size()) &&
+           std::equal(shape.begin(), shape.end(), out.shape) &&
+           !RecordedWeight::truth(object.ptr(), is_neg);
+  }
+
+  std::uint64_t fingerprint_now() const {
+    Hash hash;
+    for (const RecordedWeight& w : weights_) hash.add(w.data(), w.count(), w.item_size(), false);
+    return hash.value();
+  }
+
+  BoundStack stack_;
+  const dlpack::ExchangeApi* api_;
+  py::dict attributes_;
+  py::object packed_, workspace_;  // kept alive
+  std::vector<RecordedWeight> weights_;
+  ForwardCall call_;
+  int64_t steps_, batch_;
+  bool batch_first_;
+  int threads_;
+  bool barriers_ = true;
+  std::uint64_t fingerprint_;
+  unsigned long thread_ = PyThread_get_thread_ident();  // whose workspace it is
+};
 
 double measure_fma_peak(int threads, double seconds) {
   struct Job {
@@ -547,6 +667,17 @@ PYBIND11_MODULE(_core, m) {
       .def("backward_workspace", &BoundStack::backward_workspace)
       .def("forward", &BoundStack::forward)
       .def("backward", &BoundStack::backward);
+
+  py::class_<SmallCall>(m, "SmallCall",
+                        "A layer's call at one shape, which is likely to come again.")
+      .def(py::init<const BoundStack&, const py::object&, py::dict,
+                    const std::vector<std::pair<py::str, py::object>>&, py::object, py::object,
+                    Pointer, Pointer, int64_t, int64_t, bool, int>(),
+           py::arg("stack"), py::arg("exchange_api"), py::arg("attributes"), py::arg("weights"),
+           py::arg("packed"), py::arg("workspace"), py::arg("workspace_pointer"),
+           py::arg("packed_pointer"), py::arg("steps"), py::arg("batch"), py::arg("batch_first"),
+           py::arg("threads"))
+      .def("run", &SmallCall::run);
 
   py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")
       .def(py::init<const BoundStack&, int64_t, int>(), py::arg("stack"), py::arg("batch"),

@@ -213,3 +213,21 @@ def test_only_documents_of_the_right_kind_are_drawn(
     path.write_text(json.dumps({"schema": 1, "rows": []}))
     assert sweep.main(["--redraw", str(path), "--plot-dir", str(tmp_path)]) == sweep.BAD_USAGE
     assert "not a sweep" in capsys.readouterr().err
+
+
+def test_variants_of_fastcell(tmp_path, capsys):
+    from fastcell_bench import variants
+
+    out = tmp_path / "variants.json"
+    arguments = ["--shape", "LSTM:60:2:4:5", "--shape", "RNN_RELU:60:2:4:5", "--blocks", "2"]
+    assert variants.main([*arguments, "--min-time", "0.001", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["shape"][0] for row in found["inference"]] == ["LSTM", "RNN_RELU"]
+    for row in found["inference"]:
+        assert all(row[name] > 0 for name in ("float32", "bfloat16 weights", "int8 weights"))
+    for row in found["training"]:
+        assert 0 < row["kept"] <= row["kept by torch"]
+        assert row["recompute"] > 0
+    assert "LSTM:60:2:4:5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        variants.main(["--shape", "LSTM:60"])

@@ -11,4 +11,10 @@ runner.py      alternating blocks over all rows
 ratios.py      medians, ratios, geometric means
 table.py, record.py, plot.py   the same run for a terminal, a program and the eye
 cli.py         options
+
+Commands of their own, `python -m fastcell_bench.NAME`:
+
+sweep.py, sweep_plot.py    curves over T, B, H and threads, and the roofline
+variants.py    fastcell against itself: small weights, recomputation
+accuracy.py    errors against float64, fastcell's and torch's
 """

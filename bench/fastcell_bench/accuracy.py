@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fastcell_bench import machine, record
-from fastcell_bench.cli import _whole
+from fastcell_bench.cli import whole
 from fastcell_bench.limits import cache_levels
 
 LESS_ACCURATE = 1
@@ -327,8 +327,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    many: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": _whole}
-    one: dict[str, Any] = {"metavar": "N", "type": _whole}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": whole}
+    one: dict[str, Any] = {"metavar": "N", "type": whole}
     result.add_argument("--steps", **many, default=list(STEPS), help="values of T (%(default)s)")
     result.add_argument("--batch", **one, default=2, help="samples, B (%(default)s)")
     result.add_argument("--input-size", **one, default=32, help="inputs, I (%(default)s)")

@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     )
     rows.add_argument("--mode", choices=[INFERENCE, TRAINING, "both"], default="both")
     rows.add_argument("--dtype", choices=list(ITEM_BYTES), default="float32")
-    rows.add_argument("--layers", type=_whole, default=1, metavar="N", help="stacked layers")
+    rows.add_argument("--layers", type=whole, default=1, metavar="N", help="stacked layers")
     rows.add_argument("--bidirectional", action="store_true")
     rows.add_argument(
         "--ragged", action="store_true", help="packed samples of different lengths, T to T/4"
@@ -118,20 +118,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help=f"of {','.join(n for n in REGISTRY if n != OURS)}; default: those installed",
     )
-    how.add_argument("--threads", type=_whole, metavar="N", help="default: the physical cores")
-    how.add_argument("--blocks", type=_whole, metavar="N", help="blocks per contender (7; quick 3)")
+    how.add_argument("--threads", type=whole, metavar="N", help="default: the physical cores")
+    how.add_argument("--blocks", type=whole, metavar="N", help="blocks per contender (7; quick 3)")
     how.add_argument(
-        "--min-time", type=_positive, metavar="S", help="seconds per block (0.2; quick 0.02)"
+        "--min-time", type=positive, metavar="S", help="seconds per block (0.2; quick 0.02)"
     )
     how.add_argument(
         "--budget",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="seconds per contender and row before it runs fewer blocks (20; quick 2)",
     )
     how.add_argument(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=120.0,
         metavar="S",
         help="give up on a contender that is silent for so long (120)",
@@ -157,7 +157,7 @@ def main(
             print("\n".join(f"{number:>3}  {_shape(row)}" for number, row in enumerate(TABLE, 1)))
             return 0
         cases = _cases(options)
-        entries, absent = _entries(options, registry)
+        entries, absent = entries_of(options, registry)
         _check_outputs(options)
         settings = _settings(options)
     except (UsageError, ValueError) as error:
@@ -295,7 +295,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _entries(
+def entries_of(
     options: argparse.Namespace, registry: Mapping[str, Entry]
 ) -> tuple[dict[str, Entry], dict[str, str]]:
     """The contenders of this run, fastcell first; and the peers left out, with the reason."""
@@ -366,7 +366,7 @@ def _shape(row: tuple[str, int, int, int, int]) -> str:
     return ":".join(str(part) for part in row)
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -376,7 +376,7 @@ def _whole(text: str) -> int:
     return value
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -22,7 +22,7 @@ from typing import Any
 
 from fastcell_bench import machine, plot, record, sweep_plot, table
 from fastcell_bench.cases import MODES, QUICK, TABLE, TABLE_CELLS, Case
-from fastcell_bench.cli import UsageError, _entries, _positive, _whole
+from fastcell_bench.cli import UsageError, entries_of, positive, whole
 from fastcell_bench.contenders import JUDGE, OURS, REGISTRY, Entry
 from fastcell_bench.limits import cache_levels
 from fastcell_bench.runner import Bench, MachineRates, Row, Settings, run_rows, succeeded
@@ -204,20 +204,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help=f"of {','.join(n for n in REGISTRY if n != OURS)}; default: those installed",
     )
-    how.add_argument("--threads", type=_whole, metavar="N", help="default: the physical cores")
-    how.add_argument("--blocks", type=_whole, metavar="N", help="blocks per contender (5; quick 2)")
+    how.add_argument("--threads", type=whole, metavar="N", help="default: the physical cores")
+    how.add_argument("--blocks", type=whole, metavar="N", help="blocks per contender (5; quick 2)")
     how.add_argument(
-        "--min-time", type=_positive, metavar="S", help="seconds per block (0.1; quick 0.02)"
+        "--min-time", type=positive, metavar="S", help="seconds per block (0.1; quick 0.02)"
     )
     how.add_argument(
         "--budget",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="seconds per contender and row before it runs fewer blocks (5; quick 1)",
     )
     how.add_argument(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=120.0,
         metavar="S",
         help="give up on a contender that is silent for so long (120)",
@@ -256,7 +256,7 @@ def main(
             document["table"] = rows or document.get("table")
             return 0 if _draw(options.plot_dir, document) else FAILED
         names = _parts(options.parts)
-        entries, absent = _entries(options, registry)
+        entries, absent = entries_of(options, registry)
     except UsageError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return BAD_USAGE

@@ -4,7 +4,7 @@
 // pointwise maths on the sums that the product has just left in the nearest cache. Those sums begin
 // with the input projection. Few samples: the projection of a chunk of steps is one product before
 // them, so that its weights are read once for many rows. Many: each step begins its own sums, which
-// then never leave the nearest cache. Either way an element is the same chain of FMAs, and has the
+// then never leave the nearest cache. Either way an element is the same sum of chains, and has the
 // same bits.
 #pragma once
 
@@ -447,17 +447,20 @@ class Forward {
     }
   }
 
+  // Sample b's row of an initial state, zeros if there is none and behind it.
+  static void load_row(const T* initial, int64_t b, int64_t count, T* to, int64_t stride) {
+    if (!initial) count = 0;
+    if (count > 0) std::memcpy(to, initial + b * count, count * sizeof(T));
+    std::memset(to + count, 0, (stride - count) * sizeof(T));
+  }
+
   void load_initial_states() {
     const Range range = part(place.b1 - place.b0, place.index, place.size);
     for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
-      for (int64_t j = 0; j < h_stride; ++j) {
-        const T value = initial[0] && j < s.output ? initial[0][b * s.output + j] : T(0);
-        h[0][b * h_stride + j] = h[1][b * h_stride + j] = value;
-      }
+      load_row(initial[0], b, s.output, h[0] + b * h_stride, h_stride);
+      load_row(initial[0], b, s.output, h[1] + b * h_stride, h_stride);
       if constexpr (Cell::states > 1) {
-        for (int64_t j = 0; j < c_stride; ++j) {
-          c[b * c_stride + j] = initial[1] && j < s.hidden ? initial[1][b * s.hidden + j] : T(0);
-        }
+        load_row(initial[1], b, s.hidden, c + b * c_stride, c_stride);
       }
     }
     place.sync();

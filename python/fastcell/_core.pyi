@@ -200,3 +200,44 @@ class Stream:
 
         Raises ValueError for no step, or more steps than ``bind`` was told.
         """
+
+class SmallCall:
+    """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        exchange_api: Any,
+        attributes: dict[str, Any],
+        weights: Sequence[tuple[str, Any]],
+        packed: Any,
+        workspace: Any,
+        workspace_pointer: int,
+        packed_pointer: int,
+        steps: int,
+        batch: int,
+        batch_first: bool,
+        threads: int,
+    ) -> None:
+        """``attributes``: those of the module that must still be the same objects.
+
+        Raises ValueError if the exchange API (a capsule) is of a version that is not known.
+        """
+
+    def run(
+        self,
+        module: dict[str, Any],
+        input: Any,
+        h0: Any,
+        c0: Any,
+        y: Any,
+        h: Any,
+        c: Any,
+        threads: int,
+        /,
+    ) -> bool:
+        """Run the call on these tensors, or return False if anything but numbers has changed.
+
+        ``module``: the layer's ``__dict__``; ``h0``, ``c0``: None for zeros; ``c``: None if the
+        cell has none.
+        """

@@ -54,7 +54,7 @@ def _new(like: Tensor, rows: int, batch: int, width: int) -> Tensor:
 _scratch = threading.local()
 
 
-def _workspace_pointer(size: int) -> tuple[int, Tensor | None]:
+def scratch(size: int) -> tuple[int, Tensor | None]:
     """Memory for one call: the calling thread's own if it is little, which saves an allocation."""
     if size > _SCRATCH_BYTES:
         fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -114,7 +114,7 @@ def forward(
     h_final = _new(like, count, batch, sizes[0])
     c_final = _new(like, count, batch, sizes[1]) if len(sizes) > 1 else None
     reserve = like.new_empty(rows * stack.reserve_row_elements) if keep else None
-    workspace, _fresh = _workspace_pointer(
+    workspace, _fresh = scratch(
         stack.forward_workspace(
             steps, batch, rows, keep, masks is not None, storage != "same", threads
         )
@@ -209,7 +209,7 @@ def backward(
     h, c = (*hx, None, None)[:2]
     d_h, d_c = (*d_hx, None, None)[:2]
     threads = torch.get_num_threads()
-    workspace, _fresh = _workspace_pointer(
+    workspace, _fresh = scratch(
         stack.backward_workspace(steps, batch, rows, masks is not None, threads)
     )
     stack.backward(

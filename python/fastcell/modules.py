@@ -18,6 +18,7 @@ from .cells import CELL_OF_MODE
 from .checks import autocast_enabled
 from .functional import Sequences, States, run_stack, two_states
 from .packing import clear_packed_weights
+from .small import Small
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -32,6 +33,7 @@ class Swappable(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if torch.__future__.get_swap_module_params_on_conversion():
             clear_packed_weights()
+            self.__dict__.pop("_small", None)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
@@ -62,6 +64,28 @@ class _Layer(Swappable, torch.nn.RNNBase):
             if known is None or known is not parameters.get(name):
                 return [getattr(self, n, w) for n, w in zip(names, weights, strict=True)]
         return weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was remembered of calls belongs to this object and this process.
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("_small", None)
+        return state
+
+    def _run(self, cell: str, input: Sequences, states: States | None) -> tuple[Sequences, States]:
+        """A call: as the small one that it may repeat, or with all that a call takes."""
+        compiling = torch.compiler.is_compiling()
+        small = None if compiling else self.__dict__.get("_small")
+        if small is not None:
+            found = small.run(self, input, states)
+            if found is not None:
+                return cast(tuple[Sequences, States], found)
+        weights = self._weights()
+        result = run_stack(self, cell, input, states, weights, self._refuse)
+        if not compiling and not torch.is_grad_enabled():
+            if small is None:
+                small = self.__dict__["_small"] = Small()
+            small.note(self, cell, input, weights)
+        return result
 
     def _refuse(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         """Let torch's own checks of the input and of a single state find the words."""
@@ -143,9 +167,7 @@ class RNN(_Layer):
         cell = CELL_OF_MODE.get(self.mode)
         if cell not in ("rnn_tanh", "rnn_relu"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        output, states = run_stack(
-            self, cell, input, None if hx is None else (hx,), self._weights(), self._refuse
-        )
+        output, states = self._run(cell, input, None if hx is None else (hx,))
         return output, states[0]
 
 
@@ -220,15 +242,8 @@ class LSTM(_Layer):
     def forward(
         self, input: Sequences, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, states = run_stack(
-            self,
-            "lstm",
-            input,
-            None if hx is None else two_states(hx),
-            self._weights(),
-            self._refuse,
-        )
-        return output, cast(tuple[Tensor, Tensor], states)
+        output, (h, c) = self._run("lstm", input, None if hx is None else two_states(hx))
+        return output, (h, c)
 
 
 class GRU(_Layer):
@@ -274,9 +289,7 @@ class GRU(_Layer):
                 self.recompute = True
 
     def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
-        output, states = run_stack(
-            self, "gru", input, None if hx is None else (hx,), self._weights(), self._refuse
-        )
+        output, states = self._run("gru", input, None if hx is None else (hx,))
         return output, states[0]
 
 

@@ -65,6 +65,7 @@ class _Entry:
 # By the identities of the weights; an entry goes when the first of its weights does.
 _entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
 _lock = threading.Lock()
+generation = 0  # how often the cache was cleared; who keeps a packed copy elsewhere looks here
 
 
 def packed_weights(
@@ -123,13 +124,21 @@ def _remember(key: tuple[int, ...], entry: _Entry) -> None:
             held -= _entries.popitem(last=False)[1].packed.numel()
 
 
+def entry_of(weights: Sequence[Tensor]) -> Tensor | None:
+    """The packed form of these weights if the cache holds it."""
+    entry = _entries.get(tuple(map(id, weights)))
+    return entry.packed if entry is not None and entry.serves(weights, False) else None
+
+
 def packed_bytes(weights: Sequence[Tensor]) -> int:
     """Bytes held in the cache for these weights; 0 if they are not packed."""
-    entry = _entries.get(tuple(map(id, weights)))
-    return entry.packed.numel() if entry is not None and entry.serves(weights, False) else 0
+    packed = entry_of(weights)
+    return 0 if packed is None else packed.numel()
 
 
 def clear_packed_weights() -> None:
     """Forgets every packed copy; the next call packs anew."""
+    global generation
     with _lock:
+        generation += 1
         _entries.clear()

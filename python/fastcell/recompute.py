@@ -26,7 +26,7 @@ from .double_backward import composite_backward
 from .plan import Config
 
 # Fewer rows (t, b) than this in a segment would make its matrix products slow.
-_LEAST_ROWS = 512
+_LEAST_ROWS = 1024
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""fastcell against itself: what small weights gain, what recomputation saves and costs.
+`python -m fastcell_bench.variants`
+
+Blocks of the variants alternate in one process: they share one pool of threads, which does not spin
+after a call. Times are medians of blocks, ratios medians over pairs of neighbouring blocks. What a
+training step keeps is counted at the graph: the bytes of all memory that it saved for the backward
+pass, but for input, parameters and results, which exist anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import fastcell
+from fastcell_bench.cases import TABLE, parse_shape
+from fastcell_bench.cli import positive, whole
+
+Run = Callable[[], object]
+
+_DESCRIPTION = """\
+Inference: a layer in float32, in bfloat16, and quantized to bfloat16 and int8; how many times
+faster than float32. Training in float32: with and without recompute=True, the time of a step and
+what it keeps for the backward pass, beside what torch.nn's layer keeps."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m fastcell_bench.variants",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "--shape", action="append", default=[], metavar="CELL:T:B:I:H", help="(the table's)"
+    )
+    result.add_argument("--mode", choices=["inference", "training", "both"], default="both")
+    result.add_argument("--threads", type=whole, metavar="N", help="default: torch's")
+    result.add_argument("--blocks", type=whole, default=9, metavar="N", help="(9)")
+    result.add_argument("--min-time", type=positive, default=0.05, metavar="S", help="(0.05)")
+    result.add_argument("--json", metavar="FILE", help="also as JSON")
+    return result
+
+
+def alternate(runs: Sequence[Run], blocks: int, min_time: float) -> list[list[float]]:
+    """Seconds per call of each run, block by block."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    for _ in range(blocks):
+        for run, found in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            count = 0
+            while True:
+                run()
+                count += 1
+                if (passed := time.perf_counter() - begin) >= min_time:
+                    break
+            found.append(passed / count)
+    return times
+
+
+def gain(first: list[float], other: list[float]) -> float:
+    """How many times faster the other is."""
+    return statistics.median(a / b for a, b in zip(first, other, strict=True))
+
+
+def make(library: Any, cell: str, inputs: int, hidden: int) -> torch.nn.RNNBase:
+    """A layer with its random weights."""
+    if cell == "RNN_RELU":
+        layer = library.RNN(inputs, hidden, nonlinearity="relu")
+    else:
+        layer = getattr(library, cell)(inputs, hidden)
+    assert isinstance(layer, torch.nn.RNNBase)
+    return layer
+
+
+def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """What the graph of a call holds on to, beside input, parameters and results."""
+    saved: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output, _ = layer(x)
+    for t in (x, output, *layer.parameters()):
+        saved.pop(t.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
+
+
+def inference(
+    shape: tuple[str, int, int, int, int], blocks: int, min_time: float
+) -> dict[str, Any]:
+    """Times of one shape, and the gains over float32."""
+    cell, steps, batch, inputs, hidden = shape
+    layer = make(fastcell, cell, inputs, hidden).requires_grad_(False)
+    x = torch.randn(steps, batch, inputs)
+    narrow, x_narrow = make(fastcell, cell, inputs, hidden).requires_grad_(False), x.bfloat16()
+    narrow.load_state_dict(layer.state_dict())
+    narrow.bfloat16()
+    of16 = fastcell.quantize(layer, torch.bfloat16)
+    of8 = fastcell.quantize(layer, torch.int8)
+    runs: list[Run] = [
+        lambda: layer(x), lambda: narrow(x_narrow), lambda: of16(x), lambda: of8(x),
+    ]  # fmt: skip
+    with torch.no_grad():
+        exact, *others = alternate(runs, blocks, min_time)
+    names = ("bfloat16 layer", "bfloat16 weights", "int8 weights")
+    return {
+        "float32": statistics.median(exact),
+        **{name: gain(exact, other) for name, other in zip(names, others, strict=True)},
+    }
+
+
+def training(shape: tuple[str, int, int, int, int], blocks: int, min_time: float) -> dict[str, Any]:
+    """Times of a step, and the bytes that it keeps."""
+    cell, steps, batch, inputs, hidden = shape
+    plain = make(fastcell, cell, inputs, hidden)
+    again = make(fastcell, cell, inputs, hidden)
+    again.recompute = True
+    x = torch.randn(steps, batch, inputs, requires_grad=True)
+    gradient = torch.randn(steps, batch, hidden)
+
+    def step(layer: torch.nn.Module) -> Run:
+        wanted = [x, *layer.parameters()]
+        return lambda: torch.autograd.grad(layer(x)[0], wanted, gradient)
+
+    first, second = alternate([step(plain), step(again)], blocks, min_time)
+    return {
+        "step": statistics.median(first),
+        "recompute": 1 / gain(first, second),
+        "kept by torch": kept_bytes(make(torch.nn, cell, inputs, hidden), x),
+        "kept": kept_bytes(plain, x),
+        "kept with recompute": kept_bytes(again, x),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0, or 2 for bad options."""
+    command = parser()
+    options = command.parse_args(argv)
+    try:
+        shapes = [parse_shape(text) for text in options.shape] or list(TABLE)
+    except ValueError as error:
+        command.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    document: dict[str, Any] = {
+        "fastcell": fastcell.info(), "threads": torch.get_num_threads(), "inference": [],
+        "training": [],
+    }  # fmt: skip
+    print(f"fastcell {fastcell.__version__}, {torch.get_num_threads()} threads")
+    if options.mode != "training":
+        print("\ninference: float32's time, and how many times faster")
+        print(f"{'':22}{'float32 µs':>12}{'bfloat16 layer':>16}{'bfloat16 weights':>18}{'int8':>8}")
+        for shape in shapes:
+            row = inference(shape, options.blocks, options.min_time)
+            document["inference"].append({"shape": shape, **row})
+            print(
+                f"{':'.join(map(str, shape)):22}{row['float32'] * 1e6:12.4g}"
+                f"{row['bfloat16 layer']:15.2f}x{row['bfloat16 weights']:17.2f}x"
+                f"{row['int8 weights']:7.2f}x",
+                flush=True,
+            )
+    if options.mode != "inference":
+        print("\ntraining in float32: a step, with recompute=True, and what is kept in between, MB")
+        print(
+            f"{'':22}{'step µs':>12}{'recompute':>16}{'torch':>10}{'fastcell':>10}{'recompute':>11}"
+        )
+        for shape in shapes:
+            row = training(shape, options.blocks, options.min_time)
+            document["training"].append({"shape": shape, **row})
+            kept = [row[k] / 1e6 for k in ("kept by torch", "kept", "kept with recompute")]
+            print(
+                f"{':'.join(map(str, shape)):22}{row['step'] * 1e6:12.4g}"
+                f"{row['recompute']:14.2f} x{kept[0]:11.3f}{kept[1]:10.3f}{kept[2]:11.3f}",
+                flush=True,
+            )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(document, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,216 @@
+"""Small calls that come again take a shorter way: same results, and nothing goes unnoticed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.utils.prune
+
+import fastcell
+from fastcell import _core, packing, small
+from support import assert_equal_bits, threads
+
+pytestmark = pytest.mark.skipif(
+    small._EXCHANGE_API is None, reason="this torch has no DLPack exchange API"
+)
+KINDS = ["RNN", "LSTM", "GRU"]
+SHAPES = [
+    {},
+    {"num_layers": 2, "bidirectional": True},
+    {"batch_first": True, "bias": False},
+    {"dtype": torch.float64},
+]
+
+
+def make(kind, **kwargs):
+    torch.manual_seed(0)
+    if kind == "projected":
+        return fastcell.LSTM(5, 7, proj_size=3, **kwargs)
+    return getattr(fastcell, kind)(5, 7, **kwargs)
+
+
+def flat(result):
+    output, states = result
+    return [output, *(states if isinstance(states, tuple) else (states,))]
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """How many calls took the short way."""
+    taken = []
+    run = _core.SmallCall.run
+
+    def observed(*args):
+        found = run(*args)
+        taken.append(found)
+        return found
+
+    monkeypatch.setattr(_core.SmallCall, "run", observed)
+    return lambda: sum(taken)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "projected"])
+def test_the_same_bits_and_layout(kind, shape, given, count):
+    layer = make(kind, **shape)
+    dtype = layer.weight_ih_l0.dtype
+    sizes = (2, 3, 5) if layer.batch_first else (3, 2, 5)
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    for i in range(5):
+        x = torch.randn(sizes, dtype=dtype)
+        hx = None
+        if given:
+            h = torch.randn(stacked, 2, layer.proj_size or 7, dtype=dtype)
+            hx = (h, torch.randn(stacked, 2, 7, dtype=dtype)) if layer.mode == "LSTM" else h
+        with torch.no_grad():
+            found = flat(layer(x, hx))
+        expected = flat(layer(x, hx))  # with gradients: the long way
+        for a, b in zip(found, expected, strict=True):
+            assert_equal_bits(a, b.detach())
+            assert a.stride() == b.stride()
+            assert not a.requires_grad
+        assert count() == max(0, i - 1)
+
+
+@pytest.fixture
+def layer():
+    layer = make("LSTM")
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(1, 2, 5))
+    assert layer.__dict__["_small"]._call is not None
+    return layer
+
+
+def fresh(layer):
+    """The same layer without a memory."""
+    return copy.deepcopy(layer)
+
+
+CHANGES = {
+    "an optimizer's step": lambda m: m.weight_ih_l0.add_(1),
+    "data": lambda m: m.weight_ih_l0.data.mul_(2),
+    "another tensor as data": lambda m: setattr(m.bias_ih_l0, "data", torch.randn(28)),
+    "transposed data": lambda m: setattr(m.weight_ih_l0, "data", torch.randn(5, 28).t()),
+    "a negated view": lambda m: setattr(
+        m.weight_ih_l0, "data", torch._neg_view(m.weight_ih_l0.data)
+    ),
+    "another parameter": lambda m: setattr(
+        m, "weight_ih_l0", torch.nn.Parameter(torch.randn(28, 5))
+    ),
+    "load_state_dict": lambda m: m.load_state_dict(make("LSTM").state_dict()),
+    "batch_first": lambda m: setattr(m, "batch_first", True),
+    "pruning": lambda m: torch.nn.utils.prune.random_unstructured(m, "weight_ih_l0", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(layer, change):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        before = layer(torch.ones(1, 2, 5))
+        CHANGES[change](layer)
+        found = flat(layer(torch.ones(1, 2, 5)))
+        expected = flat(fresh(layer)(torch.ones(1, 2, 5)))
+        for a, b in zip(found, expected, strict=True):
+            assert_equal_bits(a, b)
+        if change not in ("load_state_dict", "batch_first"):
+            assert not torch.equal(found[0], before[0])
+
+
+def test_other_calls_go_the_long_way(layer, count):
+    x = torch.randn(1, 2, 5)
+    with torch.no_grad():
+        layer(x)
+        assert count() == 1
+        for other in (x[0], x[:, :1], torch.randn(2, 2, 5), x.expand(1, 2, 5).clone()[..., :5]):
+            a, b = flat(layer(other)), flat(fresh(layer)(other))
+            assert_equal_bits(a[0], b[0])
+        wide = torch.randn(1, 2, 10)[..., ::2]
+        assert_equal_bits(layer(wide)[0], fresh(layer)(wide)[0])
+        negated = torch._neg_view(x)
+        assert_equal_bits(layer(negated)[0], fresh(layer)(-x)[0])
+        for bad in (x.double(), x[..., :4], x.int(), x.to("meta")):
+            with pytest.raises((RuntimeError, ValueError)):
+                flat(layer(bad))[0].item()
+        with pytest.raises(RuntimeError):
+            layer(x, (torch.zeros(1, 3, 7), torch.zeros(1, 3, 7)))
+        with pytest.raises((RuntimeError, TypeError, IndexError)):
+            layer(x, torch.zeros(1, 2, 7))
+        strided = torch.randn(1, 7, 2).transpose(1, 2)
+        assert_equal_bits(layer(x, (strided, strided))[0], fresh(layer)(x, (strided, strided))[0])
+    assert layer(x)[0].requires_grad
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert layer(x)[0].dtype is torch.bfloat16
+
+
+def test_threads_number_and_cleared_cache(layer, count):
+    x = torch.randn(1, 2, 5)
+    with torch.no_grad():
+        with threads(torch.get_num_threads() + 1):
+            layer(x)
+        assert count() == 0
+        layer(x), layer(x), layer(x)
+        before = count()
+        assert before > 0
+        packing.clear_packed_weights()
+        layer(x)
+        assert count() == before
+
+
+def test_several_threads(layer):
+    x = torch.randn(1, 2, 5)
+    with torch.no_grad():
+        expected = layer(x)[0]
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(300):
+                if not torch.equal(layer(x)[0], expected):
+                    wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def test_copies_and_pickles_have_no_memory(layer):
+    x = torch.randn(1, 2, 5)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)):
+        assert "_small" not in other.__dict__
+        with torch.no_grad():
+            assert_equal_bits(other(x)[0], layer(x)[0])
+
+
+def test_results_are_the_callers_own(layer):
+    x = torch.randn(1, 2, 5)
+    with torch.no_grad():
+        first, (h, _) = layer(x)
+        kept = first.clone()
+        layer(x + 1)
+        assert_equal_bits(first, kept)
+        first.zero_()
+        assert not torch.equal(h, torch.zeros_like(h))
+        first.resize_(5)
+    with torch.inference_mode():
+        assert layer(x)[0].is_inference()
+
+
+def test_swapped_parameters(layer):
+    x = torch.randn(1, 2, 5)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        assert layer(x.double())[0].dtype is torch.float64
