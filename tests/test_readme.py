@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import re
 import shlex
@@ -74,6 +75,8 @@ def problem(command: str) -> str:
         return make_problem(words[1:])
     if words[0] == "fastcell":
         return cli_problem(words[1:])
+    if words[:2] == ["python", "-m"] and words[2].startswith("fastcell_bench."):
+        return module_problem(words[2], words[3:])
     if words[:2] == ["pip", "install"]:
         return pip_problem(words[2:])
     return "" if words[0] in COMMANDS_OF_OTHERS else f"{words[0]} is not known here"
@@ -95,6 +98,15 @@ def cli_problem(words: list[str]) -> str:
     options = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
     missing = [o for o in options if not re.search(rf"{re.escape(o)}\b", text)]
     return f"no option {', '.join(missing)}" if missing else ""
+
+
+def module_problem(name: str, words: list[str]) -> str:
+    """Whether the module is there and its parser takes the options."""
+    try:
+        importlib.import_module(name).parser().parse_args(words)
+    except (ImportError, SystemExit) as error:
+        return f"{name}: {error}"
+    return ""
 
 
 @functools.cache
