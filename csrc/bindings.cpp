@@ -148,9 +148,9 @@ class BoundStack {
     return choose_schedule(stack_, time, kernels_, threads, barriers, wavefront);
   }
 
-  py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets,
-                    int threads) const {
-    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true, true);
+  py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, int threads,
+                    bool wavefront) const {
+    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true, wavefront);
     return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads, s.layer_groups);
   }
 

@@ -422,3 +422,29 @@ def test_what_is_left_alone_is_named():
         small = fastcell.quantize(model)
     assert type(small[0]) is Mine
     assert type(small[1]) is fastcell.QuantizedLayer
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+def test_conversions_of_a_model_leave_stored_weights_alone(dtype):
+    small = fastcell.quantize(layer("LSTM", 5, 6), dtype)
+    x = torch.randn(3, 2, 5)
+    expected = small(x)[0]
+    for convert in (lambda m: m.double(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)):
+        assert_equal_bits(convert(copy.deepcopy(small))(x)[0], expected)
+    with pytest.raises(RuntimeError, match="on cpu, got"):
+        copy.deepcopy(small).to("meta")(x)
+    wrong = copy.deepcopy(small)
+    wrong.load_state_dict(layer("LSTM", 5, 6).double().state_dict(), strict=False, assign=True)
+    with pytest.raises(RuntimeError, match="weights for products of"):
+        wrong(x)
+    with pytest.raises(RuntimeError, match="weights for products of"):
+        fastcell.Stream(wrong)
+
+
+def test_flags_and_empty_batches():
+    assert not fastcell.quantize(torch.nn.LSTM(4, 5).eval()).training
+    assert fastcell.quantize(torch.nn.LSTM(4, 5)).training
+    h, c = fastcell.quantize(torch.nn.LSTMCell(4, 5))(torch.zeros(0, 4))
+    assert h.shape == c.shape == (0, 5)
+    with pytest.raises(ValueError, match="100001 columns"):
+        fastcell.quantize(torch.nn.RNN(100_001, 1))

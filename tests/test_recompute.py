@@ -228,3 +228,16 @@ def test_what_is_kept_grows_with_the_root_of_the_steps(kind):
     plain = copy.deepcopy(layer)
     plain.recompute = False
     assert held[6400] < kept(plain, torch.randn(6400, 2, I)) / math.isqrt(6400) * 4
+
+
+def test_batches_of_gradients():
+    plain, again = twins("GRU", dtype=torch.float64)
+    grads = []
+    for layer in (plain, again):
+        x, h = leaves("GRU", layer, dtype=torch.float64)
+        out = layer(x, h)[0]
+        torch.manual_seed(4)
+        vectors = torch.randn(3, *out.shape, dtype=torch.float64)
+        grads.append(torch.autograd.grad(out, [x, h], vectors, is_grads_batched=True))
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, dtype=torch.float64, steps=T, length=4 * H)

@@ -53,7 +53,7 @@ def schedule(case: Case, count: int) -> tuple[int, ...]:
         case.directions,
         True,
     )
-    found: tuple[int, ...] = stack.explain(case.T, case.B, case.T * case.B, 0, count)
+    found: tuple[int, ...] = stack.explain(case.T, case.B, case.T * case.B, 0, count, True)
     return found
 
 

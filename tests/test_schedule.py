@@ -75,7 +75,7 @@ def test_the_choice_is_near_the_best(shape, training):
             stack.force_schedule(0, 0, 0, 1)
     took = {way: statistics.median(found) for way, found in times.items()}
     best = min(took[way] for way in candidates)
-    said = stack.explain(steps, batch, steps * batch, 0, THREADS)
+    said = stack.explain(steps, batch, steps * batch, 0, THREADS, True)
     ratio = took[chosen] / best
     print(f"{shape} chose {said}: {ratio:.2f}", {w: f"{t * 1e6:.0f}" for w, t in took.items()})
     assert ratio <= 1.15, (said, took)

@@ -214,3 +214,44 @@ def test_swapped_parameters(layer):
         torch.__future__.set_swap_module_params_on_conversion(False)
     with torch.no_grad():
         assert layer(x.double())[0].dtype is torch.float64
+
+
+def test_threads_that_come_and_go():
+    """A thread's workspace goes with it; another thread may get its number."""
+    layer, x = fastcell.LSTM(32, 64), torch.randn(4, 2, 32)
+    with torch.no_grad():
+        expected = layer(x)[0]
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(4):
+                if not torch.equal(layer(x)[0], expected):
+                    wrong.append(1)
+
+    for _ in range(6):
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    assert not wrong
+
+
+def test_calls_under_autocast_are_not_remembered():
+    layer, x = fastcell.LSTM(8, 16).bfloat16(), torch.randn(3, 1, 8)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(4):
+                layer(x)
+        with pytest.raises(ValueError, match="dtype"):
+            layer(x)
+
+
+def test_calls_that_never_match_are_remembered_ever_less():
+    layer, made = make("GRU"), []
+    x = torch.randn(1, 2, 5)
+    with torch.no_grad():
+        for _ in range(40):
+            layer(x)
+            layer.weight_ih_l0.add_(0.01)  # so that the memory serves no call
+            made.append(layer.__dict__["_small"]._call is not None)
+    assert sum(made) <= 6

@@ -52,14 +52,14 @@ inline void pause_cpu() {
 }
 
 template <class Done>
-void spin(Done done) {
+void spin(Done done, bool counted) {
   for (int spins = 0; spins < kSpins; ++spins) {
     if (done()) return;
     pause_cpu();
   }
   const int64_t began = now();
   while (!done()) sched_yield();
-  lost.fetch_add(now() - began, std::memory_order_relaxed);
+  if (counted) lost.fetch_add(now() - began, std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -71,11 +71,12 @@ void wait(Barrier& barrier, int size) {
     __atomic_store_n(&barrier.phase, phase + 1, __ATOMIC_RELEASE);
     return;
   }
-  spin([&] { return __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) != phase; });
+  spin([&] { return __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) != phase; }, true);
 }
 
+// Waiting for the others' first part is no sign of a crowded machine.
 void wait_until(Barrier& counter, int value) {
-  spin([&] { return __atomic_load_n(&counter.phase, __ATOMIC_ACQUIRE) >= value; });
+  spin([&] { return __atomic_load_n(&counter.phase, __ATOMIC_ACQUIRE) >= value; }, false);
 }
 
 void advance_to(Barrier& counter, int value) {

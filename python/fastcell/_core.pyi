@@ -86,12 +86,12 @@ class Stack:
         """
 
     def explain(
-        self, steps: int, batch: int, rows: int, offsets: int, threads: int, /
+        self, steps: int, batch: int, rows: int, offsets: int, threads: int, wavefront: bool, /
     ) -> tuple[int, int, int, int]:
         """How a forward call would be shared out.
 
         (direction groups, batch groups, threads per group, layer groups); their product is the
-        number of threads. A backward call has no layer groups.
+        number of threads. A backward call, and one with dropout masks, has no layer groups.
         """
 
     def force_schedule(

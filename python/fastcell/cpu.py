@@ -54,17 +54,20 @@ def _new(like: Tensor, rows: int, batch: int, width: int) -> Tensor:
 _scratch = threading.local()
 
 
-def scratch(size: int) -> tuple[int, Tensor | None]:
-    """Memory for one call: the calling thread's own if it is little, which saves an allocation."""
+def scratch(size: int) -> tuple[int, Tensor]:
+    """Memory for one call, as address and owner.
+
+    The calling thread's own if it is little, which saves an allocation.
+    """
     if size > _SCRATCH_BYTES:
         fresh = torch.empty(size, dtype=torch.uint8, device="cpu")
         return fresh.data_ptr(), fresh
     try:
-        return _scratch.pointer, None
+        return _scratch.pointer, _scratch.memory
     except AttributeError:
         _scratch.memory = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
         _scratch.pointer = _scratch.memory.data_ptr()
-        return _scratch.pointer, None
+        return _scratch.pointer, _scratch.memory
 
 
 def forward(
@@ -273,7 +276,7 @@ def check(
     if config.products == "exact":
         _check_alike(x, weights, "weight")
     else:
-        _check_stored_small(config.products, weights)
+        check_stored_small(config.products, weights)
     _check_alike(x, hx, "initial state")
     _check_alike(x, () if masks is None else (masks,), "dropout mask")
     packed = batch_sizes is not None
@@ -348,7 +351,8 @@ def _check_alike(x: Tensor, others: Sequence[Tensor], what: str) -> None:
             )
 
 
-def _check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
+def check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
+    """Refuse weights of other dtypes than products of 16 or 8 bits take (RuntimeError)."""
     matrices = (torch.int8,) if products == "int8" else (torch.bfloat16, torch.float32)
     for w in weights:
         if w.dtype not in (matrices if w.dim() == 2 else (torch.float32,)) or not w.is_cpu:

@@ -161,7 +161,10 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
             at = _extent(module, input)
             offsets = 0 if at.offsets is None else at.offsets.data_ptr()
             threads = torch.get_num_threads()
-            schedule = _schedule(*stack.explain(at.steps, at.batch, at.rows, offsets, threads))
+            masks = module.training and config.num_layers > 1 and getattr(module, "dropout", 0) > 0
+            schedule = _schedule(
+                *stack.explain(at.steps, at.batch, at.rows, offsets, threads, not masks)
+            )
     return Explanation(
         layer=f"fastcell.{module}",
         engine=engine,

@@ -124,16 +124,18 @@ def _remember(key: tuple[int, ...], entry: _Entry) -> None:
             held -= _entries.popitem(last=False)[1].packed.numel()
 
 
-def entry_of(weights: Sequence[Tensor]) -> Tensor | None:
-    """The packed form of these weights if the cache holds it."""
+def packed_for(config: Config, input: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
+    """The packed form of these weights for such a call, if the cache holds it."""
     entry = _entries.get(tuple(map(id, weights)))
-    return entry.packed if entry is not None and entry.serves(weights, False) else None
+    if entry is None or entry.call != (config, input.dtype, input.shape[-1]):
+        return None
+    return entry.packed if entry.serves(weights, False) else None
 
 
 def packed_bytes(weights: Sequence[Tensor]) -> int:
     """Bytes held in the cache for these weights; 0 if they are not packed."""
-    packed = entry_of(weights)
-    return 0 if packed is None else packed.numel()
+    entry = _entries.get(tuple(map(id, weights)))
+    return entry.packed.numel() if entry is not None and entry.serves(weights, False) else 0
 
 
 def clear_packed_weights() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ __all__ = ["QuantizedCell", "QuantizedLayer", "quantize"]
 _M = TypeVar("_M", bound=Module)
 
 _PRODUCTS = {torch.int8: "int8", torch.bfloat16: "bfloat16"}
+_MOST_FEATURES = 100_000
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,8 +40,8 @@ def quantize(model: _M, dtype: torch.dtype = torch.int8, *, inplace: bool = Fals
             output = small(input)
 
     Every RNN, LSTM, GRU and cell, torch.nn's or fastcell's, becomes a :class:`QuantizedLayer` or
-    :class:`QuantizedCell`; all other modules are copied as they are. What cannot be quantized
-    (subclasses, other devices) is left as it is and named in one ``UserWarning``.
+    :class:`QuantizedCell`, without its hooks; all other modules are copied as they are. What cannot
+    be quantized (subclasses, other devices) is left as it is and named in one ``UserWarning``.
 
     Args:
         model: any module, also a recurrent layer itself; it is not changed.
@@ -81,7 +82,7 @@ def quantize(model: _M, dtype: torch.dtype = torch.int8, *, inplace: bool = Fals
 def _quantized(name: str, module: Module, dtype: torch.dtype) -> Module:
     kind = QuantizedLayer if isinstance(module, torch.nn.RNNBase) else QuantizedCell
     try:
-        return kind(cast(Any, module), dtype)
+        return kind(cast(Any, module), dtype).train(module.training)
     except ValueError as error:
         raise ValueError(f"{name or 'the model itself'}: {error}") from None
 
@@ -116,6 +117,11 @@ class _Quantized(Module):
             weight = weight.float()
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{name} holds NaN or infinite values")
+            if weight.dim() == 2 and dtype is torch.int8 and weight.shape[1] > _MOST_FEATURES:
+                raise ValueError(
+                    f"{name} has {weight.shape[1]} columns: sums of 32 bits hold the products of "
+                    f"{_MOST_FEATURES} at most"
+                )
             if weight.dim() == 2 and dtype is torch.int8:
                 scale = _scales(weight)
                 weight = (weight / scale[:, None]).round().to(torch.int8)
@@ -128,6 +134,14 @@ class _Quantized(Module):
             stored.append(name)
             self.register_buffer(name, weight)
         self._groups.append(stored + scales)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # To other devices, but not to other dtypes, as model.half() has it.
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype is t.dtype else t.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def weights(self) -> list[Tensor]:
         """The stored tensors in the kernels' order.
@@ -160,6 +174,8 @@ class _Quantized(Module):
             )
         self._refuse_gradients(input, states)
         weights = self.weights()
+        if input.is_cpu:
+            cpu.check_stored_small(self.products, weights)
         if not torch.compiler.is_compiling() and operators.is_plain(input):
             output, final, _ = cpu.forward(
                 config, input, states, weights, batch_sizes, None, keep=False
@@ -314,9 +330,12 @@ class QuantizedCell(_Quantized):
                 )
             if state.dtype != input.dtype:
                 raise RuntimeError(f"input is {input.dtype}, but a state is {state.dtype}")
-        shape = (1, *batch, -1)
-        given = None if states is None else tuple([s.reshape(shape) for s in states])
-        _, final = self._run(self.config(), input.reshape(shape), given, None)
+
+        def step(t: Tensor) -> Tensor:
+            return t.unsqueeze(0) if rank == 2 else t[None, None]
+
+        given = None if states is None else tuple([step(s) for s in states])
+        _, final = self._run(self.config(), step(input), given, None)
         result = tuple([s.reshape(*input.shape[:-1], self.hidden_size) for s in final])
         return result if self._cell == "lstm" else result[0]
 

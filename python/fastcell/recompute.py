@@ -25,6 +25,8 @@ from .cells import CELLS
 from .double_backward import composite_backward
 from .plan import Config
 
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
 # Fewer rows (t, b) than this in a segment would make its matrix products slow.
 _LEAST_ROWS = 1024
 
@@ -219,7 +221,11 @@ class RecomputedStack(Function):
         between = tensors[count + weights_count :]
         segments = _Segments(config, input, batch_sizes)
         width = weights[1].shape[1]
-        if torch.is_grad_enabled() or transforms.forward_mode():
+        if (
+            torch.is_grad_enabled()
+            or transforms.transformed()
+            or any([g is not None and _is_legacy_batched(g) for g in grads])
+        ):
             parts = [_masks(config, ctx.dropout, s, input, width) for s in segments]
             masks = (
                 None if ctx.dropout is None else torch.cat([p for p in parts if p is not None], 1)

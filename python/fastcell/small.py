@@ -36,16 +36,34 @@ _tracing = torch._C._get_tracing_state
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
+_MOST_PATIENCE = 256
+
+
+def _eager(input: Any) -> bool:
+    """Whether this is a plain call without gradient, of a plain tensor."""
+    return not (
+        type(input) is not Tensor
+        or torch.is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or transforms.transformed()
+        or _tracing() is not None
+    )
+
+
 class Small:
     """A layer's memory of its last small call."""
 
-    __slots__ = ("_call", "_last")
+    __slots__ = ("_call", "_last", "_patience", "_seen", "_served")
 
     def __init__(self) -> None:
         # (the call, its results' shapes and strides, generation of the packed weights). One object:
         # another thread may put another in its place at any time.
         self._call: tuple[Any, Any, int] | None = None
         self._last: Any = None
+        # Calls alike before one is remembered: more each time that it then served none.
+        self._patience, self._seen, self._served = 2, 0, True
 
     def run(
         self, layer: torch.nn.RNNBase, input: Tensor, states: tuple[Tensor, ...] | None
@@ -55,16 +73,7 @@ class Small:
         if call is None:
             return None
         bound, shapes, generation = call
-        if (
-            type(input) is not Tensor
-            or torch.is_grad_enabled()
-            or generation != packing.generation
-            or _is_any_autocast_enabled()
-            or _dispatch_modes()
-            or _function_modes()
-            or transforms.transformed()
-            or _tracing() is not None
-        ):
+        if generation != packing.generation or not _eager(input):
             return None
         h0 = c0 = None
         if states is not None:
@@ -78,6 +87,7 @@ class Small:
         output, *finals = [input.new_empty_strided(*shape) for shape in shapes]
         h, c = finals if len(finals) == 2 else (finals[0], None)
         if bound.run(layer.__dict__, input, h0, c0, output, h, c, torch.get_num_threads()):
+            self._served = True
             return output, finals
         return None
 
@@ -92,11 +102,12 @@ class Small:
         self._call = None
         if (
             _EXCHANGE_API is None
-            or type(input) is not Tensor
+            or not _eager(input)
             or input.dim() != 3
             or input.dtype not in DTYPES
+            or input.dtype is not weights[0].dtype
             or not input.is_cpu
-            or torch.is_grad_enabled()
+            or input.stride()[-1] != 1
             or (layer.dropout > 0 and layer.training and layer.num_layers > 1)
         ):
             return
@@ -105,10 +116,14 @@ class Small:
         threads = torch.get_num_threads()
         # Calls from several threads in turn are not alike: a call's workspace is its thread's own.
         like = (input.shape, input.dtype, threads, get_ident())
-        if not 0 < steps * batch <= _MOST_ROWS or like != self._last:
-            self._last = like
+        if not 0 < steps * batch <= _MOST_ROWS:
             return
-        packed = packing.entry_of(weights)
+        self._seen = self._seen + 1 if like == self._last else 1
+        self._last = like
+        if self._seen < self._patience:
+            return
+        config = Config(cell, layer.num_layers, layer.bidirectional, layer.bias, layer.batch_first)
+        packed = packing.packed_for(config, input, weights)
         names = layer._flat_weights_names
         parameters = layer._parameters
         if packed is None or any(
@@ -116,7 +131,6 @@ class Small:
              for n, w in zip(names, weights, strict=True)]
         ):  # fmt: skip
             return
-        config = Config(cell, layer.num_layers, layer.bidirectional, layer.bias, layer.batch_first)
         stack, stacked, width, sizes = plan_for(config, input, weights)
         size = stack.forward_workspace(steps, batch, steps * batch, False, False, False, threads)
         pointer, memory = scratch(size)
@@ -132,4 +146,6 @@ class Small:
             stack, _EXCHANGE_API, attributes, list(zip(names, weights, strict=True)), packed,
             memory, pointer, packed.data_ptr(), steps, batch, layer.batch_first, threads,
         )  # fmt: skip
+        self._patience = 2 if self._served else min(2 * self._patience, _MOST_PATIENCE)
+        self._seen, self._served = 0, False
         self._call = bound, shapes, generation

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _core
 from .cells import CELL_OF_MODE
-from .cpu import DTYPES
+from .cpu import DTYPES, check_stored_small
 from .packing import dense, pack
 from .plan import Config, plan_for
 from .quantized import QuantizedLayer
@@ -88,6 +88,7 @@ class Stream:
         if isinstance(module, QuantizedLayer):
             weights, dtype = [dense(w) for w in module.weights()], torch.float32
             wrong = False
+            check_stored_small(module.products, weights)
         else:
             # By name: a parametrization computes its weights when asked.
             weights = [dense(getattr(module, n).detach()) for n in module._flat_weights_names]
