@@ -298,9 +298,10 @@ struct Int8 {
       const Bytes bytes = __builtin_convertvector(rounded, Bytes);
       std::memcpy(to + k, &bytes, sizeof bytes);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < V::lanes; ++i) sum += sums[i];
-    const Head of_row{largest / 127.0f + nan, sum * 128};
+    // Unsigned: what is not finite rounds to anything, and may overflow.
+    uint32_t sum = 0;
+    for (int i = 0; i < V::lanes; ++i) sum += uint32_t(sums[i]);
+    const Head of_row{largest / 127.0f + nan, int32_t(sum * 128)};
     std::memcpy(to - head, &of_row, sizeof of_row);
   }
 
