@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cuda/bindings.h"
+#include "cuda/build_info.h"
 #include "small_call.h"
 
 namespace py = pybind11;
@@ -686,6 +688,13 @@ PYBIND11_MODULE(_core, m) {
       .def("workspace_bytes", &BoundStream::workspace_bytes)
       .def("bind", &BoundStream::bind)
       .def("run", &BoundStream::run);
+
+  m.def("cuda_architectures", &cuda::architectures, "What this build has CUDA kernels for.");
+  m.def("cuda_runtime_version", &cuda::runtime_version, "12090 for 12.9; 0 without CUDA.");
+  m.def(
+      "cuda_report", [] { return std::string(cuda::report_json()); },
+      "What the compiler said of the CUDA kernels, as JSON.");
+  bind_cuda(m);
 }
 
 }  // namespace fastcell

@@ -48,6 +48,7 @@ def build(folder: Path) -> Path:
         "-DFASTCELL_SANITIZE=ON",
         f"-DFASTCELL_ISAS={widest}",
         "-DFASTCELL_WERROR=ON",
+        "-DFASTCELL_CUDA=OFF",
         # Not Release, which sets its own optimization, and strips what a report would name.
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1",

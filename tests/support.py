@@ -47,6 +47,7 @@ class Case(NamedTuple):
     I: int = 4  # noqa: E741
     H: int = 7
     seed: int = 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         flags = "bidirectional bias batch_first projected hx"
@@ -90,14 +91,15 @@ class Problem:
         self.case = case
         rng = np.random.default_rng(case.seed)
         G, H, P, D = GATES[case.cell], case.H, case.output, case.directions
-        dtype = np.float32 if case.dtype is torch.float32 else np.float64
+
+        def rounded(values: np.ndarray) -> np.ndarray:
+            return torch.from_numpy(values).to(case.dtype).double().numpy()
 
         def normal(*shape: int) -> np.ndarray:
-            return rng.normal(size=shape).astype(dtype).astype(np.float64)
+            return rounded(rng.normal(size=shape))
 
         def weight(*shape: int) -> np.ndarray:  # of torch's initial size
-            values = rng.uniform(-(H**-0.5), H**-0.5, shape)
-            return values.astype(dtype).astype(np.float64)
+            return rounded(rng.uniform(-(H**-0.5), H**-0.5, shape))
 
         self.weights: list[np.ndarray] = []
         for layer in range(case.layers):
@@ -146,6 +148,7 @@ class Problem:
             "batch_first": case.batch_first,
             "bidirectional": case.bidirectional,
             "dtype": case.dtype,
+            "device": case.device,
         }
         if case.cell == "lstm":
             options["proj_size"] = case.proj
@@ -160,7 +163,7 @@ class Problem:
 
     def to_caller(self, value: np.ndarray, *, state: bool = False) -> Tensor:
         """A (T, B, ·) array, or a state, in the layout and dtype of the layer's caller."""
-        tensor = torch.tensor(value, dtype=self.case.dtype)
+        tensor = torch.tensor(value, dtype=self.case.dtype, device=self.case.device)
         if self.case.form == "unbatched":
             return tensor.squeeze(1)
         if not state and self.case.batch_first:
@@ -214,7 +217,7 @@ class Problem:
     def widened(self) -> Problem:
         """The same numbers in float64."""
         wide = copy.copy(self)
-        wide.case = self.case._replace(dtype=torch.float64)
+        wide.case = self.case._replace(dtype=torch.float64, device="cpu")
         return wide
 
     def truth(self, dropout_masks: np.ndarray | None = None) -> Values:

@@ -241,3 +241,104 @@ class SmallCall:
         ``module``: the layer's ``__dict__``; ``h0``, ``c0``: None for zeros; ``c``: None if the
         cell has none.
         """
+
+def cuda_architectures() -> list[str]:
+    """What this build has CUDA kernels for, such as ``sm_90a``; empty without CUDA."""
+
+def cuda_runtime_version() -> int:
+    """Of the CUDA runtime inside, 12090 for 12.9; 0 without CUDA."""
+
+def cuda_report() -> str:
+    """What the compiler said of the CUDA kernels, by architecture, as JSON; ``{}`` without CUDA."""
+
+def cuda_cell(name: str) -> tuple[int, int, int, int]:
+    """(gates, apart, states, saved) of a cell: the traits of csrc/cells/README.md."""
+
+def cuda_limits(device: int) -> dict[str, int]:
+    """``capability`` (90 for 9.0), ``multiprocessors``, ``shared_per_block`` in bytes,
+    ``cooperative`` launches, and blocks of the largest cluster, ``max_cluster``.
+
+    Raises RuntimeError without a driver or such a device.
+    """
+
+class CudaPlan:
+    """How a layer runs on a GPU: csrc/cuda/plan.h."""
+
+    def __init__(
+        self,
+        device: int,
+        cell: str,
+        products: str,
+        backward: bool,
+        steps: int,
+        batch: int,
+        hidden: int,
+        output: int,
+        directions: int,
+        projected: bool,
+        wanted: str,
+    ) -> None:
+        """The plan that is expected to be fastest; with ``wanted`` the fastest in that place.
+
+        Raises ValueError if there is none, RuntimeError without a driver or such a device.
+        """
+
+    @property
+    def place(self) -> str:
+        """``"step"``, ``"grid"`` or ``"cluster"``."""
+
+    @property
+    def rows(self) -> int:
+        """Samples of a block."""
+
+    @property
+    def units(self) -> int:
+        """Hidden units of a block."""
+
+    @property
+    def unit_blocks(self) -> int:
+        """Blocks that share the hidden units."""
+
+    @property
+    def tiles(self) -> int:
+        """Parts of the batch, of ``rows`` samples each."""
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Of one launch."""
+
+    @property
+    def width(self) -> int:
+        """Numbers along k of the recurrent product, with padding."""
+
+    @property
+    def projected_width(self) -> int:
+        """The same of the projection; 0 without one."""
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name as a C++ expression."""
+
+    def run(
+        self,
+        stream: int,
+        sides: Sequence[Sequence[int]],
+        flags: int,
+        offsets: int,
+        lengths: int,
+        gate_stride: int,
+        y: int,
+        d_y: int,
+        keep: bool,
+        finish: bool,
+        status: int,
+        patience: int,
+    ) -> None:
+        """Launch all steps on a stream. Pointers are those of csrc/cuda/sweep.h.
+
+        Raises RuntimeError if a launch fails.
+        """

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .packing import dense, packed_weights
-from .plan import Config, bound_stack, plan_for
+from .plan import Config, bound_stack, plan_for, plan_for_symbolic
 
-__all__ = ["DTYPES", "Config", "backward", "bound_stack", "forward", "row_offsets"]
+__all__ = [
+    "DTYPES", "Config", "backward", "bound_stack", "forward", "new_reserve", "row_offsets",
+]  # fmt: skip
 
 # A thread keeps this much for its small calls: enough for a step of most layers, and its gradients.
 _SCRATCH_BYTES = 1 << 20
@@ -26,18 +29,6 @@ def row_offsets(batch_sizes: Tensor) -> Tensor:
     offsets = batch_sizes.new_zeros(batch_sizes.shape[0] + 1)
     torch.cumsum(batch_sizes, 0, out=offsets[1:])
     return offsets
-
-
-def _extent(
-    x: Tensor, batch_sizes: Tensor | None, batch_first: bool
-) -> tuple[int, int, int, Tensor | None]:
-    """(steps, batch, rows, first row of each step or None)."""
-    if batch_sizes is None:
-        steps, batch, _ = x.shape
-        if batch_first:
-            steps, batch = batch, steps
-        return steps, batch, steps * batch, None
-    return batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0], row_offsets(batch_sizes)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -260,119 +251,7 @@ def _gradients_of_nothing(
             grad.copy_(given)
 
 
-def check(
-    config: Config,
-    x: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    masks: Tensor | None,
-) -> None:
-    """Refuses what the kernels, which read raw memory, must not see.
-
-    Layers and ``functional`` check with torch's words before; this is for direct calls of the
-    operators. Raises RuntimeError, or ValueError for a wrong number of weights.
-    """
-    if config.products == "exact":
-        _check_alike(x, weights, "weight")
-    else:
-        check_stored_small(config.products, weights)
-    _check_alike(x, hx, "initial state")
-    _check_alike(x, () if masks is None else (masks,), "dropout mask")
-    packed = batch_sizes is not None
-    if x.dim() != (2 if packed else 3):
-        raise RuntimeError(
-            f"fastcell takes {'packed (rows, I)' if packed else '3-dimensional'} input, "
-            f"got shape {tuple(x.shape)}"
-        )
-    if batch_sizes is not None:
-        _check_batch_sizes(batch_sizes, x.shape[0])
-    plan = plan_for(config, x, weights)
-    steps, batch, rows, _ = _extent(x, batch_sizes, config.batch_first)
-    if steps < 1:
-        raise RuntimeError(f"fastcell takes at least one time step, got shape {tuple(x.shape)}")
-    if hx:
-        expected = [(plan.stacked, batch, size) for size in plan.state_sizes]
-        given = [tuple(h.shape) for h in hx]
-        if given != expected:
-            raise RuntimeError(f"initial states must have shapes {expected}, got {given}")
-    if masks is not None:
-        inner = (rows, plan.width) if packed else (steps, batch, plan.width)
-        expected_masks = (config.num_layers - 1, *inner)
-        if masks.shape != expected_masks:
-            raise RuntimeError(
-                f"dropout masks must have shape {expected_masks}, got {tuple(masks.shape)}"
-            )
-
-
-def check_backward(
-    config: Config,
-    grad_output: Tensor | None,
-    grad_states: Sequence[Tensor | None],
-    x: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    reserve: Tensor,
-    needs: Sequence[bool],
-) -> None:
-    """The rest of ``check``, for a backward call."""
-    tensors = 1 + len(hx) + len(weights)
-    if len(needs) != tensors:
-        raise RuntimeError(f"needs has one entry for each of {tensors} tensors, got {len(needs)}")
-    given = [g for g in (grad_output, *grad_states) if g is not None]
-    _check_alike(x, (*given, reserve), "reserve or gradient")
-    plan = plan_for(config, x, weights)
-    _, batch, rows, _ = _extent(x, batch_sizes, config.batch_first)
-    shape = (*x.shape[:-1], plan.width)
-    kept = rows * plan.stack.reserve_row_elements
-    if reserve.numel() != kept or not reserve.is_contiguous():
-        raise RuntimeError(
-            f"the backward call needs a contiguous reserve of {kept} elements, got shape "
-            f"{tuple(reserve.shape)}"
-        )
-    expected = [shape, *[(plan.stacked, batch, size) for size in plan.state_sizes]]
-    grads = [grad_output, *grad_states]
-    shapes = [None if g is None else tuple(g.shape) for g in grads]
-    if len(grads) != len(expected) or any(
-        [s is not None and s != e for s, e in zip(shapes, expected, strict=True)]
-    ):
-        raise RuntimeError(f"gradients must have shapes {expected}, got {shapes}")
-
-
-def _check_alike(x: Tensor, others: Sequence[Tensor], what: str) -> None:
-    if x.dtype not in DTYPES:
-        raise RuntimeError(f"fastcell's kernels take float32 or float64, got {x.dtype}")
-    for t in others:
-        if t.dtype is not x.dtype or not t.is_cpu:
-            raise RuntimeError(
-                f"tensors must have one dtype and device: the input is {x.dtype} on cpu, "
-                f"a {what} {t.dtype} on {t.device}"
-            )
-
-
-def check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
-    """Refuse weights of other dtypes than products of 16 or 8 bits take (RuntimeError)."""
-    matrices = (torch.int8,) if products == "int8" else (torch.bfloat16, torch.float32)
-    for w in weights:
-        if w.dtype not in (matrices if w.dim() == 2 else (torch.float32,)) or not w.is_cpu:
-            raise RuntimeError(
-                f"weights for products of {products} are {matrices[0]} matrices and float32 "
-                f"vectors on cpu, got {w.dtype} of shape {tuple(w.shape)} on {w.device}"
-            )
-
-
-def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
-    sizes = batch_sizes.tolist()
-    if (
-        batch_sizes.dtype is not torch.int64
-        or batch_sizes.dim() != 1
-        or not sizes
-        or sizes[-1] < 1
-        or sizes != sorted(sizes, reverse=True)
-        or sum(sizes) != rows
-    ):
-        raise RuntimeError(
-            f"batch_sizes must be int64, positive, not increasing and add up to the {rows} rows "
-            f"of the packed input, got {sizes}"
-        )
+def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: Any) -> Tensor:
+    """Memory for what ``forward`` keeps of ``rows`` rows; sizes may be symbols."""
+    stack = plan_for_symbolic(config, input, weights).stack
+    return input.new_empty(rows * stack.reserve_row_elements)

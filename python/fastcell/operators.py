@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cpu
+from . import operator_checks
+from .engines import engine_of
 from .plan import Config, plan_for_symbolic
 
 PLAIN = (Tensor, Parameter)
+DEVICES = ("cpu", "cuda")  # whose memory the kernels can read
 CONFIG_SCHEMA = (
     "str cell, int num_layers, bool bidirectional, bool bias, bool batch_first, str products"
 )
@@ -36,7 +38,10 @@ def forward(
 ) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
     """The kernels' forward call, through the operator where torch must see one."""
     if is_plain(input):
-        return cpu.forward(config, input, hx, weights, batch_sizes, masks, keep)
+        found: tuple[Tensor, Sequence[Tensor], Tensor | None] = engine_of(input).forward(
+            config, input, hx, weights, batch_sizes, masks, keep
+        )
+        return found
     output, states, reserve = torch.ops.fastcell.sequence_forward(
         input, list(hx or ()), list(weights), batch_sizes, masks, *config, keep
     )
@@ -57,9 +62,10 @@ def backward(
 ) -> list[Tensor | None]:
     """The kernels' backward call: gradients of [input, *hx, *weights], None where not needed."""
     if is_plain(input):
-        return cpu.backward(
+        grads: list[Tensor | None] = engine_of(input).backward(
             config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, reserve, needs
         )
+        return grads
     tensors = (input, list(hx or ()), list(weights), batch_sizes, masks, reserve)
     found = iter(
         torch.ops.fastcell.sequence_backward(
@@ -71,13 +77,13 @@ def backward(
 
 def is_plain(input: Tensor) -> bool:
     """Whether the kernels can be called on this tensor without an operator in between."""
-    return type(input) in PLAIN and input.is_cpu and not _dispatch_modes()
+    return type(input) in PLAIN and input.device.type in DEVICES and not _dispatch_modes()
 
 
 @torch.library.custom_op(
     "fastcell::sequence_forward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=DEVICES,
     schema=(
         "(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? masks, "
         f"{CONFIG_SCHEMA}, bool keep) -> (Tensor, Tensor[], Tensor)"
@@ -98,8 +104,8 @@ def _sequence_forward(
     keep: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
-    cpu.check(config, input, hx, weights, batch_sizes, masks)
-    output, states, reserve = cpu.forward(
+    operator_checks.check(config, input, hx, weights, batch_sizes, masks)
+    output, states, reserve = engine_of(input).forward(
         config, input, hx or None, weights, batch_sizes, masks, keep
     )
     return output, states, input.new_empty(0) if reserve is None else reserve
@@ -140,14 +146,15 @@ def _(
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
         states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
-    kept = rows * plan.stack.reserve_row_elements if keep else 0
-    return output, states, input.new_empty(kept)
+    if not keep:
+        return output, states, input.new_empty(0)
+    return output, states, engine_of(input).new_reserve(config, input, weights, rows)
 
 
 @torch.library.custom_op(
     "fastcell::sequence_backward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=DEVICES,
     schema=(
         "(Tensor? grad_output, Tensor?[] grad_states, Tensor input, Tensor[] hx, "
         "Tensor[] weights, Tensor? batch_sizes, Tensor? masks, Tensor reserve, "
@@ -172,11 +179,11 @@ def _sequence_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
-    cpu.check(config, input, hx, weights, batch_sizes, masks)
-    cpu.check_backward(
+    operator_checks.check(config, input, hx, weights, batch_sizes, masks)
+    operator_checks.check_backward(
         config, grad_output, grad_states, input, hx, weights, batch_sizes, reserve, needs
     )
-    grads = cpu.backward(
+    grads = engine_of(input).backward(
         config, grad_output, grad_states, input, hx or None, weights, batch_sizes, masks, reserve,
         needs,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Three ways through, chosen by ``route``:
 
-* ``"kernel"``: plain CPU tensors in eager mode go straight to the kernels, through an
+* ``"kernel"``: plain tensors on a CPU or a GPU in eager mode go straight to the kernels, through an
   ``autograd.Function`` only when a gradient is wanted: an operator's dispatch would cost more than
   a small step.
 * ``"operator"``: the same kernels behind operators, where torch must see one (torch.compile,
@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import composite, cpu, operators, transforms, vmap
+from . import composite, cuda, operator_checks, operators, transforms, vmap
 from . import recompute as segments
 from .autograd import differentiable
 from .cells import CELLS
+from .engines import engine_of
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import Config
 
 _NARROW = (torch.bfloat16, torch.float16)
-_DTYPES = (*cpu.DTYPES, *_NARROW)
+_DTYPES = (torch.float32, torch.float64, *_NARROW)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 
@@ -71,17 +72,21 @@ def sequence(
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
-    products = "bfloat16" if input.dtype is torch.bfloat16 else "exact"
+    path = route(input, weights)
+    # Where kernels do not compute with 16 bits.
+    widened = input.dtype in _NARROW and (
+        path == "composite" or input.dtype not in engine_of(input).DTYPES
+    )
+    products = "bfloat16" if widened and input.dtype is torch.bfloat16 else "exact"
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     if not training or num_layers == 1:
         dropout = 0.0
-    path = route(input, weights)
     if recompute and (path != "kernel" or not _wants_gradient(input, hx, weights)):
         recompute = False
     masks = None
     if dropout > 0 and not recompute:
         masks = _dropout_masks(config, input, weights, dropout)
-    if input.dtype in _NARROW:
+    if widened:
         masks = None if masks is None else masks.float()
         if path != "kernel" or _wants_gradient(input, hx, weights):
             # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
@@ -118,7 +123,10 @@ def route(input: Tensor, weights: Sequence[Tensor]) -> str:
 
     Warns, once for each, of a device or a dtype that has no kernels.
     """
-    if not (input.is_cpu or input.is_meta):
+    if input.is_cuda:
+        if not cuda.architectures():
+            return _without_kernel("CUDA devices in this build (it was made without CUDA)")
+    elif not (input.is_cpu or input.is_meta):
         return _without_kernel(f"device type '{input.device.type}'")
     if input.dtype not in _DTYPES:
         return _without_kernel(f"dtype {input.dtype}")
@@ -145,7 +153,10 @@ def _direct(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     if _wants_gradient(input, hx, weights):
         return differentiable(config, input, hx, weights, batch_sizes, masks)
-    return cpu.forward(config, input, hx, weights, batch_sizes, masks, keep=False)[:2]
+    output, states, _ = engine_of(input).forward(
+        config, input, hx, weights, batch_sizes, masks, keep=False
+    )
+    return output, states
 
 
 def _unwrapped(
@@ -227,7 +238,8 @@ def _autocast(
     narrow = torch.get_autocast_dtype(device)
     widest = functools.reduce(torch.promote_types, dtypes)
     spec = CELLS[cell]
-    if spec.autocast_cell if single_step else spec.autocast:
+    # On a GPU torch.nn narrows all of them.
+    if device == "cuda" or (spec.autocast_cell if single_step else spec.autocast):
         return *_cast(narrow, input, hx, weights), None
     state = input if hx is None else hx[-1]
     result = torch.promote_types(state.dtype, narrow)
@@ -284,7 +296,7 @@ def _sequence(
     states: Sequence[Tensor]
     if operators.is_plain(input):
         # Without another operator in between, whose kernel would check.
-        cpu.check(Config(*config), input, hx, weights, batch_sizes, masks)
+        operator_checks.check(Config(*config), input, hx, weights, batch_sizes, masks)
     if transforms.transformed():
         output, states = composite.sequence(*arguments)
     elif _wants_gradient(input, hx, weights):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from . import cpu, operators
+from . import cpu, operator_checks, operators
 from .cells import CELL_OF_MODE, CELLS
 from .convert import survey
 from .functional import Sequences, States, refuse_sizes, run_stack, two_states
@@ -175,7 +175,7 @@ class _Quantized(Module):
         self._refuse_gradients(input, states)
         weights = self.weights()
         if input.is_cpu:
-            cpu.check_stored_small(self.products, weights)
+            operator_checks.check_stored_small(self.products, weights)
         if not torch.compiler.is_compiling() and operators.is_plain(input):
             output, final, _ = cpu.forward(
                 config, input, states, weights, batch_sizes, None, keep=False

@@ -23,6 +23,7 @@ from torch.autograd import Function
 from . import cpu, transforms
 from .cells import CELLS
 from .double_backward import composite_backward
+from .engines import engine_of
 from .plan import Config
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -49,7 +50,7 @@ class Dropout:
         """The factors of a segment."""
         if self.probability == 1:
             return like.new_zeros(shape)
-        generator = torch.Generator().manual_seed((self.seed + index) % (1 << 63))
+        generator = torch.Generator(like.device).manual_seed((self.seed + index) % (1 << 63))
         keep = 1 - self.probability
         return like.new_empty(shape).bernoulli_(keep, generator=generator).div_(keep)
 
@@ -62,7 +63,7 @@ def sequence(
     batch_sizes: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A layer stack as ``cpu.forward`` runs it, differentiable, with little kept.
+    """A layer stack as an engine's ``forward`` runs it, differentiable, with little kept.
 
     ``dropout``: probability of dropping an element between layers.
 
@@ -195,7 +196,7 @@ class RecomputedStack(Function):
             if before is not None:
                 between += [s.clone() for s in before]
             # The backward pass begins with the last one.
-            _, after, reserve = cpu.forward(
+            _, after, reserve = engine_of(input).forward(
                 config, segments.of(input, segment), before, weights, segment.batch_sizes,
                 _masks(config, dropout, segment, input, width), segment.index == len(segments) - 1,
                 segments.of(output, segment),
@@ -249,13 +250,13 @@ class RecomputedStack(Function):
             before = None if first else between[at : at + states]
             masks = _masks(config, ctx.dropout, segment, input, width)
             if index < len(segments) - 1:
-                _, _, reserve = cpu.forward(
+                _, _, reserve = engine_of(input).forward(
                     config, x, before, weights, segment.batch_sizes, masks, keep=True
                 )
             wanted = [needs[0], *[True] * (0 if first else states), *needs[1 + count :]]
             if index == 0 and hx:
                 wanted[1 : 1 + states] = needs[1 : 1 + count]
-            found = cpu.backward(
+            found = engine_of(input).backward(
                 config,
                 None if d_output is None else segments.of(d_output, segment),
                 [None if d is None else d[:, : segment.alive] for d in d_states],

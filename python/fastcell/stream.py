@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import _core
 from .cells import CELL_OF_MODE
-from .cpu import DTYPES, check_stored_small
+from .cpu import DTYPES
+from .operator_checks import check_stored_small
 from .packing import dense, pack
 from .plan import Config, plan_for
 from .quantized import QuantizedLayer

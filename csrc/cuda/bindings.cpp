@@ -1,0 +1,108 @@
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "plan.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace fastcell {
+namespace {
+
+using cuda::Plan;
+using cuda::Sweep;
+using Pointer = std::uintptr_t;
+
+void* at(Pointer p) { return reinterpret_cast<void*>(p); }
+
+// The members of Side, in their order; 0 for null.
+constexpr size_t kSidePointers = 14;
+cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
+  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]),  {at(p[4]), at(p[5])},  at(p[6]),
+          at(p[7]), at(p[8]), {at(p[9]), at(p[10])}, at(p[11]), at(p[12]), at(p[13]),
+          nullptr};
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  py::class_<Plan>(module, "CudaPlan", py::module_local(), "How a layer runs on a GPU, and its launches.")
+      .def(py::init([](int device, const std::string& cell, const std::string& products,
+                       bool backward, long long steps, long long batch, int hidden, int output,
+                       int directions, bool projected, const std::string& wanted) {
+             return cuda::choose_plan(
+                 device, cell, products,
+                 {backward, steps, batch, hidden, output, directions, projected}, wanted);
+           }),
+           py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
+           py::arg("steps"), py::arg("batch"), py::arg("hidden"), py::arg("output"),
+           py::arg("directions"), py::arg("projected"), py::arg("wanted"))
+      .def_property_readonly("place",
+                             [](const Plan& p) { return cuda::kPlaceNames[int(p.place)]; })
+      .def_property_readonly("rows", [](const Plan& p) { return p.row_warps * 16; })
+      .def_property_readonly("units", [](const Plan& p) { return p.unit_warps * 8; })
+      .def_readonly("unit_blocks", &Plan::unit_blocks)
+      .def_readonly("tiles", &Plan::tiles)
+      .def_readonly("tiles_at_once", &Plan::tiles_at_once)
+      .def_readonly("width", &Plan::width)
+      .def_readonly("projected_width", &Plan::projected_width)
+      .def_readonly("shared", &Plan::shared)
+      .def_property_readonly("kernel", &Plan::kernel)
+      .def(
+          "run",
+          [](const Plan& plan, Pointer stream,
+             const std::vector<std::array<Pointer, kSidePointers>>& sides, Pointer flags,
+             Pointer offsets, Pointer lengths, int gate_stride, Pointer y, Pointer d_y, bool keep,
+             bool finish, Pointer status, long long patience) {
+            if (int(sides.size()) != plan.sizes.directions) {
+              throw std::invalid_argument("one side per direction");
+            }
+            Sweep sweep{};
+            for (size_t d = 0; d < sides.size(); ++d) {
+              sweep.side[d] = side_of(sides[d]);
+              sweep.side[d].flags =
+                  static_cast<int*>(at(flags)) + d * size_t(plan.tiles) * size_t(plan.unit_blocks);
+            }
+            sweep.offsets = static_cast<const long long*>(at(offsets));
+            sweep.lengths = static_cast<const long long*>(at(lengths));
+            sweep.gate_stride = gate_stride;
+            sweep.y = at(y);
+            sweep.d_y = at(d_y);
+            sweep.keep = keep;
+            sweep.finish = finish;
+            sweep.status = static_cast<int*>(at(status));
+            sweep.patience = patience;
+            py::gil_scoped_release release;
+            cuda::run(plan, sweep, at(stream));
+          },
+          py::arg("stream"), py::arg("sides"), py::arg("flags"), py::arg("offsets"),
+          py::arg("lengths"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"),
+          py::arg("keep"), py::arg("finish"), py::arg("status"), py::arg("patience"));
+
+  module.def(
+      "cuda_cell",
+      [](const std::string& name) {
+        const cuda::CellFacts& cell = cuda::cell_facts(name);
+        return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved);
+      },
+      py::arg("name"), "(gates, apart, states, saved) of a cell.");
+  module.def(
+      "cuda_limits",
+      [](int device) {
+        const cuda::Limits found = cuda::limits(device);
+        py::dict d;
+        d["capability"] = found.capability;
+        d["multiprocessors"] = found.multiprocessors;
+        d["shared_per_block"] = found.shared_per_block;
+        d["cooperative"] = found.cooperative;
+        d["max_cluster"] = found.max_cluster;
+        return d;
+      },
+      py::arg("device"), "What a device offers to a kernel.");
+}
+
+}  // namespace fastcell

@@ -1,0 +1,8 @@
+// The CUDA engine in Python: the submodule `cuda` of _core, and the emulated engine of the tests.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastcell {
+void bind_cuda(pybind11::module_& module);
+}

@@ -1,0 +1,282 @@
+// One block of threads at work on a sequence: which samples and units are its, where the operands
+// of its products lie, how it hands on what it made.
+//
+// A block has `rows` samples of the batch (a tile) and `units` hidden units, all gates of each. Its
+// warps share the products: 16 samples, 8 units and a part of k each. The parts of k meet in shared
+// memory, where they are added in order; then a thread finishes up to kPairs pairs of a sample and
+// a unit. What the cell made is published: the next product of every block of the tile needs it.
+#pragma once
+
+#include "products.h"
+#include "shared_layout.h"
+
+namespace fastcell::cuda {
+
+// Where a kernel lives, which is how long, where the weights are and how h is exchanged.
+struct Step {  // one step per launch: weights and h in global memory
+  static constexpr bool resident = false;
+  static constexpr bool cluster = false;
+};
+struct Grid {  // all steps: weights in shared memory, h through global memory, one flag per block
+  static constexpr bool resident = true;
+  static constexpr bool cluster = false;
+};
+struct Cluster {  // all steps: weights and h in shared memory, h written into every block's
+  static constexpr bool resident = true;
+  static constexpr bool cluster = true;
+};
+
+template <class P, class Place, int Groups>
+struct Block {
+  using E = typename P::Element;
+  using R = typename P::Real;
+
+  const Sweep& p;
+  const int direction, tile, rank;
+  const Side& side;
+  const int rows, units;
+  const Index first_sample, first_unit;
+  const SharedLayout layout;
+  int published = 0;
+
+  explicit FASTCELL_INLINE Block(const Sweep& sweep)
+      : p(sweep),
+        direction(block(2)),
+        tile(sweep.first_tile + block(1)),
+        rank(block(0)),
+        side(sweep.side[direction]),
+        rows(sweep.row_warps * kWarpRows),
+        units(sweep.unit_warps * kGroup),
+        first_sample(Index(tile) * rows),
+        first_unit(Index(rank) * units),
+        layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width,
+               sweep.projected_width, Place::resident, Place::cluster, Groups, sizeof(E),
+               sizeof(R)) {}
+
+  // Brings in what stays for all steps.
+  FASTCELL_INLINE void begin() {
+    if (thread() == 0) *stopped() = 0;
+    if constexpr (Place::resident) {
+      const Index group = Groups * kGroup * Index(p.width) * Index(sizeof(E));
+      fill(shared_memory(), packed_at(side.weights, group, Groups), layout.weights);
+      if (p.projected_width != 0) {
+        const Index one = kGroup * Index(p.projected_width) * Index(sizeof(E));
+        fill(shared_memory() + layout.weights, packed_at(side.projection, one, 1),
+             layout.projection);
+      }
+    }
+    if constexpr (Place::cluster) {
+      const Index bytes = Index(rows) * p.width * Index(sizeof(E));
+      for (int slot = 0; slot < 2; ++slot) {
+        fill(shared_memory() + layout.hidden + slot * bytes, exchanged(slot), bytes);
+      }
+      fill(shared_memory() + layout.projected, side.exchange_projected,
+           Index(rows) * p.projected_width * Index(sizeof(E)));
+      cluster_barrier();  // no block may write here before that
+    } else {
+      block_barrier();
+    }
+  }
+  // A block of a cluster must not end while another writes to its memory.
+  FASTCELL_INLINE void end() {
+    if constexpr (Place::cluster) cluster_barrier();
+  }
+
+  // --- pairs --------------------------------------------------------------------------------------
+
+  // Pair i of this thread, if the block has it: sample and unit within the block's.
+  FASTCELL_INLINE bool pair(int i, int& row, int& unit) const {
+    const int index = thread() + i * kThreads;
+    row = index / units;
+    unit = index % units;
+    return index < rows * units;
+  }
+
+  // The sums of a product for such a pair, group by group.
+  template <int N>
+  FASTCELL_INLINE void gather(int row, int unit, R (&sum)[N]) const {
+    const R* sums = reinterpret_cast<const R*>(shared_memory() + layout.sums);
+    const Index one = Index(rows) * units;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const R* at = sums + n * one + row * units + unit;
+      sum[n] = at[0];
+      // (To the most there can be, so that all loads are on their way at once.)
+#pragma unroll
+      for (int k = 1; k < kWarps; ++k) {
+        if (k < p.k_warps) sum[n] = sum[n] + at[k * N * one];
+      }
+    }
+  }
+
+  // --- products -----------------------------------------------------------------------------------
+
+  // With what was exchanged in `slot`, by the recurrent weights: the sums of Groups columns per
+  // unit. Begins and ends with what the threads of the block must wait for.
+  FASTCELL_INLINE void multiply(int slot) const {
+    if constexpr (Place::cluster) {
+      run<Groups>(PlainLoad{}, hidden(slot), p.width, side.weights, 0);
+    } else {
+      run<Groups>(FreshLoad{}, exchanged(slot), p.width, side.weights, 0);
+    }
+  }
+  // With what was exchanged for the projection, by its weights.
+  FASTCELL_INLINE void multiply_projected() const {
+    if constexpr (Place::cluster) {
+      run<1>(PlainLoad{}, projected(), p.projected_width, side.projection, layout.weights);
+    } else {
+      run<1>(FreshLoad{}, exchanged_projected(), p.projected_width, side.projection,
+             layout.weights);
+    }
+  }
+
+  // --- exchange -----------------------------------------------------------------------------------
+
+  // Where the operand k of a sample (of the block's) lies for the product after this one.
+  FASTCELL_INLINE E* to_publish(int slot, int row) const {
+    if constexpr (Place::cluster) return hidden(slot) + Index(row) * p.width;
+    return exchanged(slot) + Index(row) * p.width;
+  }
+  FASTCELL_INLINE E* to_publish_projected(int row) const {
+    if constexpr (Place::cluster) return projected() + Index(row) * p.projected_width;
+    return exchanged_projected() + Index(row) * p.projected_width;
+  }
+
+  // Says that this block's part, `each` numbers per unit, is written.
+  FASTCELL_INLINE void publish(int slot, int each) {
+    send(hidden(slot), p.width, each);
+  }
+  FASTCELL_INLINE void publish_projected() { send(projected(), p.projected_width, 1); }
+
+  // Waits for all blocks of the tile to have published as often as this one. False if that took
+  // too long: something is wrong, and nothing after it can be right.
+  FASTCELL_INLINE bool await() {
+    if constexpr (Place::resident && !Place::cluster) {
+      const int* flags = side.flags + Index(tile) * p.unit_blocks;
+#pragma unroll 1
+      for (int i = thread(); i < p.unit_blocks; i += kThreads) {
+#pragma unroll 1
+        for (Index looks = 1; load_acquire(flags + i) < published; ++looks) {
+          if (looks >= p.patience || (looks % 1024 == 0 && load_system(p.status) != 0)) {
+            store_system(p.status, 1);
+            *stopped() = 1;
+            break;
+          }
+        }
+      }
+      block_barrier();
+      return *stopped() == 0;
+    } else {
+      return true;
+    }
+  }
+
+ private:
+  struct PlainLoad {
+    FASTCELL_INLINE Bytes16 operator()(const char* at) const { return load16(at); }
+  };
+  struct FreshLoad {
+    FASTCELL_INLINE Bytes16 operator()(const char* at) const { return load16_fresh(at); }
+  };
+
+  FASTCELL_INLINE int* stopped() const {
+    return reinterpret_cast<int*>(shared_memory() + layout.stopped);
+  }
+  FASTCELL_INLINE E* hidden(int slot) const {
+    return reinterpret_cast<E*>(shared_memory() + layout.hidden) + Index(slot) * rows * p.width;
+  }
+  FASTCELL_INLINE E* projected() const {
+    return reinterpret_cast<E*>(shared_memory() + layout.projected);
+  }
+  FASTCELL_INLINE E* exchanged(int slot) const {
+    return static_cast<E*>(side.exchange) + (Index(slot) * p.tiles + tile) * rows * p.width;
+  }
+  FASTCELL_INLINE E* exchanged_projected() const {
+    return static_cast<E*>(side.exchange_projected) + Index(tile) * rows * p.projected_width;
+  }
+  FASTCELL_INLINE const char* packed_at(const void* weights, Index group_bytes, int) const {
+    return static_cast<const char*>(weights) + Index(rank) * p.unit_warps * group_bytes;
+  }
+
+  static FASTCELL_INLINE void fill(char* to, const void* from, Index bytes) {
+    const char* source = static_cast<const char*>(from);
+#pragma unroll 1
+    for (Index at = Index(thread()) * 16; at < bytes; at += kThreads * 16) {
+      store16(to + at, load16(source + at));
+    }
+  }
+
+  template <int N, class Load>
+  FASTCELL_INLINE void run(const Load& load, const E* operand, int width, const void* packed,
+                           Index shared_at) const {
+    const int warp = thread() / 32;
+    const int k_part = warp % p.k_warps, rest = warp / p.k_warps;
+    const int unit_warp = rest % p.unit_warps, row_warp = rest / p.unit_warps;
+    const int row = lane() >> 2, column = 2 * (lane() & 3);
+
+    const Index row_bytes = Index(width) * Index(sizeof(E));
+    const int chunks = int(row_bytes / kChunkBytes);
+    const int each = (chunks + p.k_warps - 1) / p.k_warps;
+    const int first = k_part * each;
+    const int last = first + each < chunks ? first + each : chunks;
+
+    const Index group = N * kGroup * row_bytes;
+    const char* weights = Place::resident ? shared_memory() + shared_at + unit_warp * group
+                                          : packed_at(packed, group, N) + unit_warp * group;
+    const char* rows_at = reinterpret_cast<const char*>(operand) +
+                          Index(row_warp * kWarpRows + row) * row_bytes;
+    R sums[N][4];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < 4; ++i) sums[n][i] = R(0);
+    }
+#pragma unroll P::kUnroll
+    for (int chunk = first; chunk < last; ++chunk) {
+      P::template chunk<N>(sums, rows_at + Index(chunk) * kChunkBytes, row_bytes,
+                           weights + Index(chunk) * (N * kGroup * kChunkBytes), load);
+    }
+
+    R* to = reinterpret_cast<R*>(shared_memory() + layout.sums) +
+            (Index(k_part) * N * rows + row_warp * kWarpRows + row) * units +
+            unit_warp * kGroup + column;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      R* at = to + Index(n) * rows * units;
+      at[0] = sums[n][0];
+      at[1] = sums[n][1];
+      at[8 * units] = sums[n][2];
+      at[8 * units + 1] = sums[n][3];
+    }
+    block_barrier();
+  }
+
+  FASTCELL_INLINE void send(E* operand, int width, int each) {
+    block_barrier();
+    if constexpr (Place::cluster) {
+      const Index row_bytes = Index(width) * Index(sizeof(E));
+      const Index begin = first_unit * each * Index(sizeof(E));
+      const Index slice = Index(units) * each * Index(sizeof(E));
+      const int pieces = int(slice / 16);
+#pragma unroll 1
+      for (int i = thread(); i < rows * pieces; i += kThreads) {
+        const Index at = begin + Index(i % pieces) * 16;
+        if (at >= row_bytes) continue;  // units that do not exist
+        char* from = reinterpret_cast<char*>(operand) + Index(i / pieces) * row_bytes + at;
+        const Bytes16 piece = load16(from);
+#pragma unroll 1
+        for (int other = 0; other < p.unit_blocks; ++other) {
+          if (other != rank) store16_remote(from, other, piece);
+        }
+      }
+      cluster_barrier();
+    } else if constexpr (Place::resident) {
+      // The barrier above orders the block's writes before this flag.
+      ++published;
+      if (thread() == 0) {
+        store_release(side.flags + Index(tile) * p.unit_blocks + rank, published);
+      }
+    }
+  }
+};
+
+}  // namespace fastcell::cuda

@@ -1,0 +1,69 @@
+"""The kernels: which instances of the templates in forward.h and backward.h there are.
+
+Used when the extension is built (compile.py), and to make the emulated ones' table:
+
+    python kernel_names.py --table > emulated_kernels.cpp
+"""
+
+from __future__ import annotations
+
+PASSES = ("forward", "backward")
+CELLS = {"rnn_tanh": "RnnTanh", "rnn_relu": "RnnRelu", "lstm": "Lstm", "gru": "Gru"}
+# How products are named in Python, what multiplies them, and where besides single steps they exist.
+PRODUCTS = {
+    "float64": ("Float64", ()),
+    "float32": ("Float32", ("Grid", "Cluster")),
+    "tf32": ("Tf32", ("Grid", "Cluster")),
+    "bfloat16": ("Brain", ("Grid", "Cluster")),
+    "float16": ("Half", ("Grid", "Cluster")),
+}
+
+
+def name(kind: str, cell: str, products: str, place: str) -> str:
+    """The C++ expression of one kernel."""
+    return (
+        f"fastcell::cuda::{kind}<fastcell::cuda::{PRODUCTS[products][0]}, "
+        f"fastcell::cells::{CELLS[cell]}, fastcell::cuda::{place}>"
+    )
+
+
+def names(capability: int) -> list[str]:
+    """The kernels for an architecture, such as 90 for 9.0."""
+    found = []
+    for kind in PASSES:
+        for cell in CELLS:
+            for products, (_, places) in PRODUCTS.items():
+                if products in ("tf32", "bfloat16") and capability < 80:  # no such tensor cores
+                    continue
+                for place in ("Step", *places):
+                    if place != "Cluster" or capability >= 90:
+                        found.append(name(kind, cell, products, place))
+    return found
+
+
+def table() -> str:
+    """C++ source of the emulated kernels' table."""
+    rows = "\n".join(
+        f'    {{"{n}",\n     [](const void* p) {{ {n}(*static_cast<const fastcell::cuda::Sweep*>(p)); }}}},'
+        for n in names(90)
+    )
+    return f"""#include "kernels.cu"
+
+#include "gpu_emulated.h"
+
+namespace fastcell::cuda {{
+namespace {{
+const EmulatedKernel table[] = {{
+{rows}
+}};
+}}  // namespace
+const EmulatedKernel* emulated_kernels(int* count) {{
+  *count = int(sizeof table / sizeof table[0]);
+  return table;
+}}
+}}  // namespace fastcell::cuda
+"""
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,630 @@
+"""From tensors to the CUDA kernels and back: allocation, products over whole sequences, pointers.
+
+A layer is three things: the input terms of all steps as one matrix product, the steps themselves
+(``_core.CudaPlan``: one launch each, or one for all of them), and, backwards, the gradients of inputs
+and weights as matrix products again. The functions are those of ``cpu.py``.
+
+Nothing here waits for the device, so that a call can be captured in a graph: but for the lengths of
+a PackedSequence, which live on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .plan import Config
+
+__all__ = [
+    "DTYPES", "architectures", "backward", "choose_engine", "forward", "new_reserve", "products_of",
+]  # fmt: skip
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ENGINES = ("step", "grid", "cluster")
+
+# The compiled half. Tests put the emulated one in its place.
+device_code: Any = _core
+
+_CHUNK_BYTES = 64
+_GROUP = 8
+# Looks at a flag (each about half a microsecond) before a kernel gives up waiting for the others.
+_PATIENCE = 1 << 26
+_wanted = ""
+
+
+@contextmanager
+def choose_engine(engine: str | None) -> Iterator[None]:
+    """Within this context, run layers on CUDA devices with that engine; None: chosen by shape.
+
+    Args:
+        engine: ``"step"`` (one launch per step), ``"grid"`` (one launch for all steps, the hidden
+            units over the whole device) or ``"cluster"`` (the same within thread-block clusters).
+
+    Raises:
+        ValueError: another name; in a call, a layer that the engine cannot hold.
+    """
+    global _wanted
+    if engine is not None and engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)} or None, got {engine!r}")
+    before, _wanted = _wanted, engine or ""
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def architectures() -> list[str]:
+    """Of GPUs, that this build has kernels for; empty where it was made without CUDA."""
+    return list(device_code.cuda_architectures())
+
+
+def products_of(dtype: torch.dtype) -> str:
+    """What the products of a layer of this dtype multiply, TF32 only where torch allows it."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Sizes of a call, those of one layer and direction in particular."""
+
+    cell: str
+    gates: int
+    apart: int
+    states: int
+    saved: int
+    layers: int
+    directions: int
+    bias: bool
+    hidden: int
+    output: int
+    projected: bool
+    steps: int
+    batch: int
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of sums and of what is saved."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def gate_stride(self) -> int:
+        """Of the buffer that holds the input terms first and what is saved after."""
+        return max(self.gates, self.saved) * self.hidden
+
+    @property
+    def weights_each(self) -> int:
+        return 2 + 2 * self.bias + self.projected
+
+
+class Reserve:
+    """What a forward call keeps, as views of one buffer; without one it only measures."""
+
+    def __init__(self, layer: _Layer, memory: Tensor | None) -> None:
+        self.bytes = 0
+        count = layer.layers * layer.directions
+        rows, real, hidden = layer.rows, layer.real, layer.hidden
+
+        def take(width: int, dtype: torch.dtype) -> Any:
+            begin, size = self.bytes, rows * width * dtype.itemsize
+            self.bytes += -(-size // 256) * 256
+            if memory is None:
+                return None
+            return memory[begin : begin + size].view(dtype).view(rows, width)
+
+        self.gates = [take(layer.gate_stride, real) for _ in range(count)]
+        self.cells = [take(hidden, real) if layer.states > 1 else None for _ in range(count)]
+        self.cell_output = [
+            take(hidden, layer.dtype) if layer.projected else None for _ in range(count)
+        ]
+        width = layer.directions * layer.output
+        self.outputs = [take(width, layer.dtype) for _ in range(layer.layers)]
+
+
+def _layer_of(
+    config: Config, dtype: torch.dtype, weights: Sequence[Tensor], steps: int, batch: int, rows: Any
+) -> _Layer:
+    gates, apart, states, saved = device_code.cuda_cell(config.cell)
+    directions = 2 if config.bidirectional else 1
+    each = len(weights) // (config.num_layers * directions)
+    return _Layer(
+        config.cell, gates, apart, states, saved, config.num_layers, directions, config.bias,
+        int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), each > 2 + 2 * config.bias,
+        steps, batch, rows, dtype,
+    )  # fmt: skip
+
+
+def _layer_for(
+    config: Config, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> _Layer:
+    if batch_sizes is None:
+        steps, batch = x.shape[:2]
+        if config.batch_first:
+            steps, batch = batch, steps
+        rows = steps * batch
+    else:
+        steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+    return _layer_of(config, x.dtype, weights, steps, batch, rows)
+
+
+def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: Any) -> Tensor:
+    """Memory for what ``forward`` keeps of ``rows`` rows; sizes may be symbols."""
+    layer = _layer_of(config, input.dtype, weights, 0, 0, rows)
+    return torch.empty(Reserve(layer, None).bytes, dtype=torch.uint8, device=input.device)
+
+
+class _Time:
+    """Which rows there are: of a PackedSequence, where its steps begin and how long samples are."""
+
+    def __init__(self, layer: _Layer, batch_sizes: Tensor | None, device: torch.device) -> None:
+        self.offsets = self.lengths = None
+        self.batch_sizes = batch_sizes
+        if batch_sizes is not None:
+            offsets = batch_sizes.new_zeros(layer.steps + 1)
+            torch.cumsum(batch_sizes, 0, out=offsets[1:])
+            self.sample_lengths = layer.steps - torch.searchsorted(
+                batch_sizes.flip(0), torch.arange(layer.batch), right=True
+            )
+            self.step_offsets = offsets
+            self.offsets = offsets.to(device, non_blocking=True)
+            self.lengths = self.sample_lengths.to(device, non_blocking=True)
+
+    def previous(self, layer: _Layer, states: Tensor, first: Tensor, back: bool) -> Tensor:
+        """For each row of ``states`` (rows, P) the one a step before; ``first`` (B, P) to begin."""
+        if self.batch_sizes is None:
+            batch = layer.batch
+            if back:
+                return torch.cat((states[batch:], first))
+            return torch.cat((first, states[: layer.rows - batch]))
+        step = torch.repeat_interleave(torch.arange(layer.steps), self.batch_sizes)
+        sample = torch.arange(layer.rows) - self.step_offsets[step]
+        if back:
+            begins = step + 1 == self.sample_lengths[sample]
+            row = self.step_offsets[(step + 1).clamp(max=layer.steps)] + sample
+        else:
+            begins = step == 0
+            row = self.step_offsets[(step - 1).clamp(min=0)] + sample
+        row = torch.where(begins, layer.rows + sample, row)
+        return torch.cat((states, first))[row.to(states.device, non_blocking=True)]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with sums and result in ``dtype``, the inputs' own or float32."""
+    if a.dtype is dtype:
+        return a @ b
+    if a.is_cuda:
+        try:
+            return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+        except TypeError:  # torch before 2.8
+            return (a @ b).to(dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
+    """(groups, units, k) as the kernels read it: [units / 8][k chunk][group][8][64 bytes].
+
+    ``width`` and ``columns``: k and units with their padding.
+    """
+    groups, units, k = weight.shape
+    chunk = _CHUNK_BYTES // weight.element_size()
+    weight = torch.nn.functional.pad(weight, (0, width - k, 0, columns - units))
+    if products == "tf32":
+        weight = _round_tf32(weight)
+    return (
+        weight.view(groups, columns // _GROUP, _GROUP, width // chunk, chunk)
+        .permute(1, 3, 0, 2, 4)
+        .contiguous()
+    )
+
+
+def _round_tf32(x: Tensor) -> Tensor:
+    rounded = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)
+
+
+def _by_unit(weight: Tensor, gates: int) -> Tensor:
+    """(gates * H, P) -> (1, P, k): k runs over blocks of 8 units, in them gates, in them units."""
+    hidden, output = weight.shape[0] // gates, weight.shape[1]
+    padded = -(-hidden // _GROUP) * _GROUP
+    blocks = torch.nn.functional.pad(
+        weight.view(gates, hidden, output), (0, 0, 0, padded - hidden)
+    ).view(gates, padded // _GROUP, _GROUP, output)
+    return blocks.permute(3, 1, 0, 2).reshape(1, output, gates * padded)
+
+
+# What kernels report: set where one gave up waiting. In memory that the host reads without waiting.
+_reports: dict[torch.device, Tensor] = {}
+
+
+def _report(device: torch.device) -> Tensor:
+    found = _reports.get(device)
+    if found is None:
+        found = _reports[device] = torch.zeros(
+            1, dtype=torch.int32, pin_memory=device.type == "cuda"
+        )
+    elif int(found[0]):
+        found.zero_()
+        raise RuntimeError(
+            f"an earlier call on {device} gave up: its thread blocks waited for each other in "
+            "vain, and its results are NaN. fastcell.cuda.choose_engine('step') needs no such "
+            "waiting"
+        )
+    return found
+
+
+class _Sweep:
+    """The time loop of one layer: plan, workspace, launch."""
+
+    def __init__(
+        self, layer: _Layer, device: torch.device, weights: Sequence[Sequence[Tensor]],
+        backward: bool,
+    ) -> None:  # fmt: skip
+        self.layer, self.device = layer, device
+        self.products = products_of(layer.dtype)
+        self.index = device.index or 0
+        self.plan = device_code.CudaPlan(
+            self.index, layer.cell, self.products, backward, layer.steps, layer.batch,
+            layer.hidden, layer.output, layer.directions, layer.projected, _wanted,
+        )  # fmt: skip
+        plan, count = self.plan, layer.directions
+        columns, rows = plan.unit_blocks * plan.units, plan.tiles * plan.rows
+        self.weights, self.projections = [], []
+        for w_ih_hh in weights:
+            w_hh = w_ih_hh[1].view(layer.gates, layer.hidden, layer.output)
+            main = _by_unit(w_ih_hh[1], layer.gates) if backward else w_hh
+            self.weights.append(_pack(main, plan.width, columns, self.products))
+            if layer.projected:
+                w_hr = w_ih_hh[-1].t() if backward else w_ih_hh[-1]
+                packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
+                self.projections.append(packed)
+        new = {"device": device, "dtype": layer.dtype}
+        self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
+        self.exchange_projected = (
+            torch.zeros((count, rows, plan.projected_width), **new) if layer.projected else None
+        )
+        self.flags = torch.zeros(
+            count * plan.tiles * plan.unit_blocks, dtype=torch.int32, device=device
+        )
+
+    def run(
+        self, time: _Time, sides: list[dict[str, Tensor | None]], y: Tensor, d_y: Tensor | None,
+        keep: bool, finish: bool,
+    ) -> None:  # fmt: skip
+        """``sides``: per direction the tensors of csrc/cuda/sweep.h, Side, by name."""
+
+        def pointer(t: Tensor | None) -> int:
+            return 0 if t is None else t.data_ptr()
+
+        pointers = []
+        for d, side in enumerate(sides):
+            side = side | {
+                "weights": self.weights[d],
+                "projection": self.projections[d] if self.projections else None,
+                "exchange": self.exchange[d],
+                "exchange_projected": None
+                if self.exchange_projected is None
+                else self.exchange_projected[d],
+            }
+            pointers.append([pointer(side.get(name)) for name in _SIDE])
+        stream = 0
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.plan.run(
+            stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
+            self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep, finish,
+            _report(self.device).data_ptr(), _PATIENCE,
+        )  # fmt: skip
+
+
+_SIDE = (
+    "weights", "projection", "gates", "apart_bias", "carry_h", "carry_c", "exchange",
+    "exchange_projected", "cells", "first_h", "first_c", "cell_output", "d_gates", "d_output",
+)  # fmt: skip
+
+
+def _rows_of(x: Tensor, config: Config, packed: bool) -> Tensor:
+    """(rows, features), time-major; a copy only where rows are not evenly spaced."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    if packed:
+        return x
+    return (x.transpose(0, 1) if config.batch_first else x).reshape(-1, x.shape[-1])
+
+
+def _biases(layer: _Layer, w: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """(what is added to the input terms, what to the recurrent terms that stay apart)."""
+    if not layer.bias:
+        return None, None
+    b_ih, b_hh = w[2].to(layer.real), w[3].to(layer.real)
+    if layer.apart == 0:
+        return b_ih + b_hh, None
+    together = (layer.gates - layer.apart) * layer.hidden
+    return torch.cat((b_ih[:together] + b_hh[:together], b_ih[together:])), b_hh[together:].clone()
+
+
+def _by_direction(layer: _Layer, index: int, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The weights of layer ``index``, direction by direction."""
+    each = layer.weights_each
+    at = index * layer.directions
+    return [weights[(at + d) * each : (at + d + 1) * each] for d in range(layer.directions)]
+
+
+def forward(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    keep: bool,
+    output: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Runs the stack: (output, final states, what the backward call needs or None).
+
+    ``output``: where to write it. The arguments are taken as checked.
+    """
+    layer = _layer_for(config, x, weights, batch_sizes)
+    device = x.device
+    weights = [_dense(w) for w in weights]
+    time = _Time(layer, batch_sizes, device)
+    real, directions = layer.real, layer.directions
+    count, batch = layer.layers * directions, layer.batch
+    memory = reserve = None
+    if keep:
+        memory = new_reserve(config, x, weights, layer.rows)
+        reserve = Reserve(layer, memory)
+    sizes = (layer.output, layer.hidden)[: layer.states]
+    if hx is None:
+        carry = [torch.zeros((count, batch, n), dtype=real, device=device) for n in sizes]
+    else:
+        carry = [h.to(real, copy=True, memory_format=torch.contiguous_format) for h in hx]
+
+    rows = _rows_of(x, config, batch_sizes is not None)
+    if layer.rows:
+        for index in range(layer.layers):
+            if index and masks is not None:
+                rows = rows * masks[index - 1].reshape(rows.shape)
+            own = _by_direction(layer, index, weights)
+            sweep = _Sweep(layer, device, own, backward=False)
+            if reserve is None:
+                y = rows.new_empty((layer.rows, directions * layer.output))
+            else:
+                y = reserve.outputs[index]
+            sides: list[dict[str, Tensor | None]] = []
+            for d, w in enumerate(own):
+                at = index * directions + d
+                bias, apart_bias = _biases(layer, w)
+                if reserve is None:
+                    gates = rows.new_empty((layer.rows, layer.gate_stride), dtype=real)
+                else:
+                    gates = reserve.gates[at]
+                _input_terms(rows, w[0], bias, gates[:, : w[0].shape[0]])
+                h = carry[0][at]
+                operand = _round_tf32(h) if sweep.products == "tf32" else h
+                sweep.exchange[d, 0, :batch, : layer.output] = operand
+                sides.append(
+                    {
+                        "gates": gates,
+                        "apart_bias": apart_bias,
+                        "carry_h": h,
+                        "carry_c": carry[1][at] if layer.states > 1 else None,
+                        "cells": None if reserve is None else reserve.cells[at],
+                        "cell_output": None if reserve is None else reserve.cell_output[at],
+                    }
+                )
+            sweep.run(time, sides, y, None, keep, False)
+            rows = y
+
+    if layer.rows == 0:
+        rows = rows.new_empty((0, directions * layer.output))
+    result = _result(layer, config, rows, batch_sizes is not None, keep, output)
+    return result, [state.to(x.dtype) for state in carry], memory
+
+
+def _dense(t: Tensor) -> Tensor:
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
+
+
+def _input_terms(rows: Tensor, w_ih: Tensor, bias: Tensor | None, to: Tensor) -> None:
+    if rows.dtype is to.dtype:
+        if bias is None:
+            torch.mm(rows, w_ih.t(), out=to)
+        else:
+            torch.addmm(bias, rows, w_ih.t(), out=to)
+        return
+    product = _product(rows, w_ih.t(), to.dtype)
+    if bias is None:
+        to.copy_(product)
+    else:
+        torch.add(product, bias, out=to)
+
+
+def _result(
+    layer: _Layer, config: Config, rows: Tensor, packed: bool, copy: bool, output: Tensor | None
+) -> Tensor:
+    """The output in the caller's layout, his own to change."""
+    if output is not None:
+        given = output.transpose(0, 1) if config.batch_first and not packed else output
+        given.copy_(rows.view(given.shape))
+        return output
+    if copy:
+        rows = rows.clone()
+    if packed:
+        return rows
+    # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
+    steps, batch, width = layer.steps, layer.batch, rows.shape[-1]
+    sizes, strides = (steps, batch, width), (batch * width, width, 1)
+    if config.batch_first:
+        sizes, strides = (batch, steps, width), (width, batch * width, 1)
+    result = torch.empty(0, dtype=rows.dtype, device=rows.device)
+    return result.set_(rows.untyped_storage(), 0, sizes, strides)  # type: ignore[call-overload, no-any-return]
+
+
+def backward(
+    config: Config,
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    reserve: Tensor,
+    needs: Sequence[bool],
+    d_x: Tensor | None = None,
+    add_to: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
+
+    ``reserve`` is what ``forward`` kept for the other arguments; it serves once more after that.
+    ``d_x``: where to write the input's gradient; ``add_to``: gradients of the weights, to be added
+    to.
+    """
+    layer = _layer_for(config, x, weights, batch_sizes)
+    device, real, directions = x.device, layer.real, layer.directions
+    packed = batch_sizes is not None
+    hx = () if hx is None else [_dense(h) for h in hx]
+    weights = [_dense(w) for w in weights]
+    wanted = iter(needs)
+    need_x = next(wanted)
+    need_hx = [next(wanted) for _ in hx]
+    need_weights = [next(wanted) for _ in weights]
+    d_weights: list[Tensor | None] = [None] * len(weights)
+    count, batch = layer.layers * directions, layer.batch
+    sizes = (layer.output, layer.hidden)[: layer.states]
+    carry = [
+        torch.zeros((count, batch, n), dtype=real, device=device)
+        if g is None
+        else g.to(real, copy=True, memory_format=torch.contiguous_format)
+        for n, g in zip(sizes, grad_states, strict=False)
+    ]
+    d_rows: Tensor | None = None
+    if layer.rows == 0:
+        d_weights = [
+            torch.zeros_like(w) if n else None for w, n in zip(weights, need_weights, strict=True)
+        ]
+    else:
+        kept = Reserve(layer, reserve)
+        time = _Time(layer, batch_sizes, device)
+        d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
+        input_rows = _rows_of(x, config, packed)
+        for index in reversed(range(layer.layers)):
+            below = input_rows if index == 0 else kept.outputs[index - 1]
+            if index and masks is not None:
+                below = below * masks[index - 1].reshape(below.shape)
+            d_rows = _layer_backward(
+                layer, index, time, below, hx, weights, kept, carry, d_rows,
+                need_weights, d_weights, index > 0 or need_x,
+            )  # fmt: skip
+            if index and masks is not None and d_rows is not None:
+                d_rows = d_rows * masks[index - 1].reshape(d_rows.shape)
+
+    grads: list[Tensor | None] = [None]
+    if need_x:
+        grads[0] = _input_gradient(layer, config, x, d_rows, packed, d_x)
+    grads += [g.to(x.dtype) if n else None for g, n in zip(carry, need_hx, strict=False)]
+    if add_to is not None:
+        for into, found in zip(add_to, d_weights, strict=True):
+            if into is not None and found is not None:
+                into.add_(found)
+        d_weights = list(add_to)
+    return grads + d_weights
+
+
+def _layer_backward(
+    layer: _Layer,
+    index: int,
+    time: _Time,
+    below: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Reserve,
+    carry: list[Tensor],
+    d_y: Tensor | None,
+    need_weights: Sequence[bool],
+    d_weights: list[Tensor | None],
+    need_input: bool,
+) -> Tensor | None:
+    """One layer: fills in its part of ``d_weights``, and returns its input's gradient."""
+    device, directions, gates = below.device, layer.directions, layer.gates
+    hidden, output, each = layer.hidden, layer.output, layer.weights_each
+    own = _by_direction(layer, index, weights)
+    sweep = _Sweep(layer, device, own, backward=True)
+    sides: list[dict[str, Tensor | None]] = []
+    for d in range(directions):
+        at = index * directions + d
+        first = [h[at] for h in hx]
+        sides.append(
+            {
+                "gates": kept.gates[at],
+                "carry_h": carry[0][at],
+                "carry_c": carry[1][at] if layer.states > 1 else None,
+                "cells": kept.cells[at],
+                "first_h": first[0] if first else None,
+                "first_c": first[1].to(layer.real) if layer.states > 1 and first else None,
+                "cell_output": kept.cell_output[at],
+                "d_gates": below.new_empty((layer.rows, (gates + layer.apart) * hidden)),
+                "d_output": below.new_empty((layer.rows, output)) if layer.projected else None,
+            }
+        )
+    y = kept.outputs[index]
+    sweep.run(time, sides, y, d_y, True, True)
+
+    d_input: Tensor | None = None
+    for d, side in enumerate(sides):
+        at = index * directions + d
+        w, need = own[d], need_weights[at * each : (at + 1) * each]
+        d_gates, d_output = side["d_gates"], side["d_output"]
+        assert d_gates is not None
+        d_in = d_gates[:, : gates * hidden]
+        together = (gates - layer.apart) * hidden
+        found: list[Tensor | None] = [None] * each
+        if need_input:
+            d_input = d_in @ w[0] if d_input is None else torch.addmm(d_input, d_in, w[0])
+        if need[0]:
+            found[0] = d_in.t() @ below
+        if need[1]:
+            h = y[:, d * output : (d + 1) * output]
+            first_h = hx[0][at] if hx else h.new_zeros((layer.batch, output))
+            before = time.previous(layer, h, first_h, back=d == 1)
+            if layer.apart:
+                found[1] = torch.cat(
+                    (d_gates[:, :together].t() @ before, d_gates[:, gates * hidden :].t() @ before)
+                )
+            else:
+                found[1] = d_gates.t() @ before
+        if layer.bias and (need[2] or need[3]):
+            total = d_gates.sum(0)
+            found[2] = total[: gates * hidden].clone()
+            found[3] = torch.cat((total[:together], total[gates * hidden :]))
+        if layer.projected and need[-1]:
+            cell_output = kept.cell_output[at]
+            assert d_output is not None
+            found[-1] = d_output.t() @ cell_output
+        for k in range(each):
+            if need[k]:
+                d_weights[at * each + k] = found[k]
+    return d_input
+
+
+def _input_gradient(
+    layer: _Layer, config: Config, x: Tensor, d_rows: Tensor | None, packed: bool,
+    into: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if d_rows is None:
+        grad = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    elif packed:
+        grad = d_rows
+    else:
+        grad = d_rows.view(layer.steps, layer.batch, -1)
+        grad = grad.transpose(0, 1) if config.batch_first else grad
+    return grad if into is None else into.copy_(grad)

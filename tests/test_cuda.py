@@ -1,0 +1,399 @@
+"""The CUDA engine: on a GPU where there is one, and emulated on this machine in any case.
+
+Emulated, the same kernel sources run as threads of the CPU (csrc/cuda/device_emulated.h), under the
+same engine, operators and layers; tensors then are on the CPU. Memory that torch leaves
+uninitialized is NaN, and so is shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import fastcell
+from emulation_build import emulated
+from fastcell import cuda, engines
+from support import (
+    CELLS,
+    Case,
+    Problem,
+    Values,
+    assert_same_bits,
+    away_from_the_kink,
+    is_parameter,
+    pairwise,
+)
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+PLACES = ("step", "grid", "cluster")
+
+
+@pytest.fixture(
+    params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)],
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device that a problem's tensors are on: the CPU where the engine is emulated."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if not cuda.architectures():
+            pytest.skip("built without CUDA kernels")
+        yield "cuda"
+        torch.cuda.synchronize()
+        return
+    emulated().pretend()
+    monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
+    monkeypatch.setattr(cuda, "device_code", emulated())
+    yield "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poison(poison: None) -> None:
+    pass
+
+
+FACTORS = {
+    "cell": [*CELLS, "lstm projected"],
+    "dtype": [F64, F32, BF16, F16, "tf32"],
+    "place": [*PLACES, None],
+    "layers": [1, 2, 3],
+    "bidirectional": [False, True],
+    "bias": [True, False],
+    "batch_first": [False, True],
+    "form": ["padded", "sorted", "ragged", "unbatched"],
+    "hx": [True, False],
+    "T": [1, 2, 11],
+    "B": [1, 2, 19, 33],
+    "I": [1, 6, 35],
+    "H": [1, 3, 17, 70],
+}
+
+
+def case_of(row: dict) -> Case:
+    cell, _, projected = row["cell"].partition(" ")
+    dtype = F32 if row["dtype"] == "tf32" else row["dtype"]
+    row = {name: value for name, value in row.items() if name != "place"}
+    return Case(**row | {"cell": cell, "projected": bool(projected), "dtype": dtype})
+
+
+def allowed(row: dict) -> bool:
+    case = case_of(row)
+    if case.form == "unbatched" and case.B != 1:
+        return False
+    if case.projected and case.H == 1:  # a projection must be smaller
+        return False
+    if case.dtype is F64 and row["place"] not in ("step", None):
+        return False
+    elements = case.T * case.B * case.H * case.layers * case.directions
+    if case.cell == "rnn_relu" and (row["dtype"] not in (F32, F64) or elements > 20_000):
+        return False  # some element would sit at the kink
+    return case.flops <= 2e7
+
+
+GRID = pairwise(FACTORS, allowed, 0)
+
+
+def name_of(row: dict) -> str:
+    return f"{row['place']}-{'tf32-' * (row['dtype'] == 'tf32')}{case_of(row)}"
+
+
+def assert_close(problem: Problem, ours: Values, expected: Values, precision: torch.dtype) -> None:
+    """Under the policy, at another precision than the tensors' own (TF32's is that of float16)."""
+    for name, value in ours.items():
+        assert value.dtype is problem.case.dtype, name
+        assert value.device.type == problem.case.device
+    wide = problem.widened()
+    wide.case = wide.case._replace(dtype=precision)
+    wide.assert_close({n: v.cpu().to(precision) for n, v in ours.items()}, expected)
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("row", GRID, ids=name_of)
+def test_grid(row, device):
+    tf32 = row["dtype"] == "tf32"
+    problem = Problem(away_from_the_kink(case_of(row))._replace(device=device))
+    with cuda.choose_engine(row["place"]), tf32_allowed(tf32):
+        ours = problem.run(problem.layer(fastcell))
+    assert_close(problem, ours, problem.truth(), F16 if tf32 else problem.case.dtype)
+
+
+def test_the_grid_holds_every_product_in_every_place():
+    held = {(row["cell"], row["dtype"], row["place"]) for row in GRID}
+    assert {place for _, _, place in held} == {*PLACES, None}
+    for dtype in (F32, BF16, F16, "tf32"):
+        assert {place for _, kind, place in held if kind == dtype} == {*PLACES, None}
+    for cell in FACTORS["cell"]:
+        assert {place for name, _, place in held if name == cell} == {*PLACES, None}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_tiles_and_blocks(cell, dtype, place, device):
+    """More samples than a tile has rows, more units than a block, more tiles than fit at once."""
+    if device == "cpu":
+        emulated().pretend(multiprocessors=4 if place == "grid" else 16)
+    hidden = 30 if place == "grid" else 90
+    case = Case(cell, dtype, 1, place == "cluster", T=6, B=70, I=5, H=hidden, device=device)
+    if cell == "rnn_relu":  # fewer, none of which is at the kink
+        case = away_from_the_kink(case._replace(dtype=F32, T=2, B=35, H=31))
+    problem = Problem(case)
+    with cuda.choose_engine(place):
+        problem.assert_close(problem.run(problem.layer(fastcell)), problem.truth())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "case", [Case(c, F32, 2, True, T=5, B=9, I=6, H=20) for c in CELLS], ids=str
+)
+def test_same_bits_every_time(case, place, device):
+    problem = Problem(case._replace(device=device))
+    with cuda.choose_engine(place):
+        first = problem.run(problem.layer(fastcell))
+        for _ in range(3):
+            assert_same_bits(problem.run(problem.layer(fastcell)), first)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("form", ["padded", "ragged"])
+def test_dropout_masks(form, place, device):
+    """The operator takes the factors between layers as an argument; the reference too."""
+    problem = Problem(Case("lstm", F32, 3, True, form=form, T=5, B=3, H=9, device=device))
+    case = problem.case
+    rng = np.random.default_rng(7)
+    masks = 2.0 * rng.integers(0, 2, (case.layers - 1, case.T, case.B, 2 * case.output))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    x, batch_sizes = inputs["x"], None
+    given = torch.tensor(masks, dtype=case.dtype, device=device)
+    states = [inputs["h0"], inputs["c0"]]
+    if problem.lengths is not None:
+        lengths = torch.from_numpy(problem.lengths)
+
+        def pack(t):
+            return torch.nn.utils.rnn.pack_padded_sequence(t, lengths, enforce_sorted=False)
+
+        x, batch_sizes, order, back = pack(x)
+        given = torch.stack([pack(mask).data for mask in given])
+        states = [state.index_select(1, order) for state in states]
+    with cuda.choose_engine(place):
+        output, finals = torch.ops.fastcell.sequence(
+            x, states, list(layer.parameters()), batch_sizes, given,
+            case.cell, case.layers, True, case.bias, False, "exact",
+        )  # fmt: skip
+        if problem.lengths is not None:
+            packed = torch.nn.utils.rnn.PackedSequence(output, batch_sizes, order, back)
+            output, _ = torch.nn.utils.rnn.pad_packed_sequence(packed, total_length=case.T)
+            finals = [final.index_select(1, back) for final in finals]
+        values = {"output": output, **dict(zip(case.state_names, finals, strict=True))}
+        torch.autograd.backward(list(values.values()), problem.gradients_in())
+    leaves = inputs | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    problem.assert_close(values, problem.truth(masks))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_part_of_the_gradients_has_the_bits_of_all(cell, device):
+    problem = Problem(Case(cell, F32, 2, True, T=4, B=3, I=5, H=9, device=device))
+    layer = problem.layer(fastcell)
+
+    def gradients(wanted):
+        inputs = problem.inputs()
+        leaves = inputs | dict(layer.named_parameters())
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wanted)
+            leaf.grad = None
+        values = problem.call(layer, inputs)
+        torch.autograd.backward(list(values.values()), problem.gradients_in())
+        assert {name for name, leaf in leaves.items() if leaf.grad is not None} == set(wanted)
+        return {name: leaves[name].grad for name in wanted}
+
+    every = [*problem.inputs(), *dict(layer.named_parameters())]
+    whole = gradients(every)
+    for part in [*([name] for name in every), [n for n in every if "l1" in n]]:
+        assert_same_bits(gradients(part), {name: whole[name] for name in part})
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_sequence_cut_in_two(place, device):
+    """States carry over, in inference too, and a step alone is one of many."""
+    problem = Problem(Case("lstm", F32, 2, T=7, B=5, I=6, H=20, device=device))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    x, state = inputs["x"].detach(), (inputs["h0"].detach(), inputs["c0"].detach())
+    with cuda.choose_engine(place), torch.no_grad():
+        whole, (h, c) = layer(x, state)
+        parts = []
+        for part in (x[:4], x[4:5], x[5:]):
+            output, state = layer(part, state)
+            parts.append(output)
+    values = {"output": torch.cat(parts), "h": state[0], "c": state[1]}
+    problem.assert_close(values, {"output": whole, "h": h, "c": c})
+
+
+def test_nothing_to_do(device):
+    layer = fastcell.GRU(3, 5, bidirectional=True, device=device)
+    x = torch.zeros(4, 0, 3, device=device, requires_grad=True)
+    output, h = layer(x)
+    assert output.shape == (4, 0, 10)
+    assert h.shape == (2, 0, 5)
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nan_and_infinity_pass(place, device):
+    layer = fastcell.LSTM(3, 20, device=device)
+    x = torch.zeros(5, 18, 3, device=device)
+    x[2, 3, 1], x[3, 17, 0] = torch.nan, torch.inf
+    with cuda.choose_engine(place), torch.no_grad():
+        output, (h, c) = layer(x)
+    bad = output.isnan().any(2).cpu()
+    assert bad[2:, 3].all()
+    assert not bad[:2].any()
+    assert not bad[:, [b for b in range(18) if b not in (3, 17)]].any()
+    assert torch.equal(output[-1].isnan(), h[0].isnan())
+
+
+def test_second_derivatives(device):
+    layer = fastcell.GRU(2, 3, dtype=F64, device=device)
+    x = torch.randn(3, 2, 2, dtype=F64, device=device, requires_grad=True)
+    h = torch.randn(1, 2, 3, dtype=F64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, h: layer(x, h), (x, h))
+    assert torch.autograd.gradgradcheck(lambda x, h: layer(x, h)[0], (x, h))
+
+
+def test_results_are_the_callers_to_change(device):
+    problem = Problem(Case("lstm", F32, 1, T=4, B=3, I=5, H=9, device=device))
+    layer = problem.layer(fastcell)
+    expected = problem.run(layer)
+    layer.zero_grad()
+    inputs = problem.inputs()
+    values = problem.call(layer, inputs)
+    grads = problem.gradients_in()
+    for value in values.values():
+        value.mul_(2.0)
+    torch.autograd.backward(list(values.values()), [g / 2 for g in grads])
+    for name, leaf in (inputs | dict(layer.named_parameters())).items():
+        torch.testing.assert_close(leaf.grad, expected[f"gradient of {name}"])
+
+
+def test_waiting_in_vain_is_an_error_and_not_a_hang(device, monkeypatch):
+    """With hardly any patience blocks give up: NaN, and the next call says why."""
+    if device != "cpu":
+        pytest.skip("a GPU's blocks are quick enough to need no patience")
+    layer = fastcell.LSTM(3, 40)
+    x = torch.randn(6, 20, 3)
+    with cuda.choose_engine("grid"), torch.no_grad():
+        right = layer(x)[0]
+        monkeypatch.setattr(cuda, "_PATIENCE", 1)
+        wrong, (h, _) = layer(x)
+        assert wrong[-1].isnan().any()
+        assert torch.equal(h[0].isnan(), wrong[-1].isnan())
+        monkeypatch.undo()
+        monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
+        monkeypatch.setattr(cuda, "device_code", emulated())
+        with pytest.raises(RuntimeError, match="waited for each other in vain"):
+            layer(x)
+        assert torch.equal(layer(x)[0], right)
+
+
+def test_what_no_engine_holds_is_refused(device):
+    with pytest.raises(ValueError, match="engine must be one of step, grid, cluster"):
+        cuda.choose_engine("fast").__enter__()
+    layer = fastcell.LSTM(3, 5, dtype=F64, device=device)
+    x = torch.zeros(2, 2, 3, dtype=F64, device=device)
+    with cuda.choose_engine("grid"), pytest.raises(ValueError, match="no plan for lstm"):
+        layer(x)
+    if device == "cpu":
+        emulated().pretend(capability=75, max_cluster=1)
+        with pytest.raises(ValueError, match="need a GPU of compute capability 8.0, got 7.5"):
+            layer.to(BF16)(x.to(BF16))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_error_at_16_bits_is_at_most_that_of_torch(cell, device):
+    """Against float64, root mean square; torch's layer computes on the same device."""
+    for dtype in (BF16, F16):
+        case = Case(cell, dtype, T=40, B=16, I=24, H=48, device=device)
+        problem = Problem(case)
+        truth = problem.truth()
+        errors = []
+        for library in (fastcell, torch.nn):
+            squares: dict[str, list[torch.Tensor]] = {}
+            for name, value in problem.run(problem.layer(library)).items():
+                if cell == "rnn_relu" and "gradient" in name:
+                    continue  # one unit on the other side of the kink outweighs all rounding
+                kind = "parameters" if is_parameter(name) else name
+                difference = value.double().cpu() - truth[name]
+                squares.setdefault(kind, []).append(difference.square().flatten())
+            errors.append({k: torch.cat(s).mean().sqrt().item() for k, s in squares.items()})
+        ours, theirs = errors
+        assert {k: ours[k] for k in ours if ours[k] > 1.05 * theirs[k]} == {}, (dtype, theirs)
+
+
+def test_recompute(device):
+    case = Case("lstm", F32, 2, T=400, B=8, I=3, H=6, device=device)
+    problem = Problem(case)
+    plain, layer = problem.layer(fastcell), problem.layer(fastcell)
+    layer.recompute = True
+    problem.assert_close(problem.run(layer), problem.run(plain))
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def plan(
+    cell="lstm", products="bfloat16", backward=False, T=100, B=8, H=256, P=None, D=1, place=""
+):
+    return emulated().CudaPlan(
+        0, cell, products, backward, T, B, H, P or H, D, P is not None, place
+    )
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """An H100 as far as plans ask."""
+    emulated().pretend(multiprocessors=132)
+    yield
+    emulated().pretend()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_plans_cover_the_work(cell, backward):
+    for products in ("float32", "bfloat16"):
+        for H in (1, 8, 100, 256, 512, 1000):
+            for B in (1, 16, 17, 100, 1000):
+                for D in (1, 2):
+                    made = plan(cell, products, backward, B=B, H=H, D=D)
+                    assert made.unit_blocks * made.units >= H
+                    assert made.tiles * made.rows >= B
+                    assert made.rows * made.units <= 512
+                    assert made.shared <= 227 << 10
+                    if made.place == "grid":
+                        assert made.unit_blocks * made.tiles_at_once * D <= 132
+                    else:
+                        assert made.tiles_at_once == made.tiles
+
+
+@pytest.mark.usefixtures("gpu")
+def test_plans_follow_the_size():
+    assert plan(T=1).place == "step"
+    assert plan(products="float64").place == "step"
+    assert plan(H=256, B=8).place == "cluster"
+    assert plan(H=1024, B=8).place == "grid"  # 8 MiB of weights: no cluster holds them
+    assert plan(H=8192, B=8).place == "step"  # nor does the device
