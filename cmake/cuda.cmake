@@ -62,28 +62,28 @@ function(fastcell_cuda target)
   target_link_options(${target} PRIVATE LINKER:--version-script=${folder}/exports)
 endfunction()
 
+# Above gpu.h all is the same with CUDA and without.
 target_sources(_core PRIVATE csrc/cuda/bindings.cpp csrc/cuda/build_info.cpp csrc/cuda/plan.cpp
-                             csrc/cuda/run.cpp)
-set(FASTCELL_CUDA_BUILT OFF)
-if(NOT FASTCELL_CUDA)
-  message(STATUS "CUDA kernels: left out, as FASTCELL_CUDA says")
-else()
+               csrc/cuda/run.cpp)
+if(FASTCELL_CUDA)
   fastcell_cuda_toolkit()
-  if(FASTCELL_CUDA_TOOLKIT_FOUND)
-    message(STATUS "CUDA kernels: NVRTC ${FASTCELL_CUDA_COMPILER} (${FASTCELL_CUDA_NVRTC}), "
-                   "runtime ${FASTCELL_CUDA_RUNTIME}")
-    fastcell_cuda(_core)
-    set(FASTCELL_CUDA_BUILT ON)
-  elseif(NOT FASTCELL_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "FASTCELL_CUDA is ${FASTCELL_CUDA}, but what compiles CUDA kernels is not there:\n"
-                        "${FASTCELL_CUDA_WHY_NOT}\n"
-                        "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 "
-                        "nvidia-cuda-nvcc-cu12 is enough")
-  else()
+endif()
+if(FASTCELL_CUDA AND FASTCELL_CUDA_TOOLKIT_FOUND)
+  message(STATUS "CUDA kernels: NVRTC ${FASTCELL_CUDA_COMPILER} (${FASTCELL_CUDA_NVRTC}), "
+                 "runtime ${FASTCELL_CUDA_RUNTIME}")
+  fastcell_cuda(_core)
+else()
+  target_sources(_core PRIVATE csrc/cuda/gpu_absent.cpp)
+  if(NOT FASTCELL_CUDA)
+    message(STATUS "CUDA kernels: left out, as FASTCELL_CUDA says")
+  elseif(FASTCELL_CUDA STREQUAL "AUTO")
     string(REPLACE "\n" "; " why "${FASTCELL_CUDA_WHY_NOT}")
     message(STATUS "CUDA kernels: left out (${why})")
+  else()
+    message(FATAL_ERROR
+            "FASTCELL_CUDA is ${FASTCELL_CUDA}, but what compiles CUDA kernels is not there:\n"
+            "${FASTCELL_CUDA_WHY_NOT}\n"
+            "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12 "
+            "is enough")
   endif()
-endif()
-if(NOT FASTCELL_CUDA_BUILT)
-  target_sources(_core PRIVATE csrc/cuda/gpu_absent.cpp)
 endif()

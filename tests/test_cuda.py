@@ -259,7 +259,7 @@ def test_nan_and_infinity_pass(place, device):
     x = torch.zeros(5, 18, 3, device=device)
     x[2, 3, 1], x[3, 17, 0] = torch.nan, torch.inf
     with cuda.choose_engine(place), torch.no_grad():
-        output, (h, c) = layer(x)
+        output, (h, _) = layer(x)
     bad = output.isnan().any(2).cpu()
     assert bad[2:, 3].all()
     assert not bad[:2].any()
@@ -350,6 +350,23 @@ def test_recompute(device):
     plain, layer = problem.layer(fastcell), problem.layer(fastcell)
     layer.recompute = True
     problem.assert_close(problem.run(layer), problem.run(plain))
+
+
+def test_explain(device):
+    layer = fastcell.LSTM(6, 20, bidirectional=True, device=device)
+    x = torch.zeros(5, 3, 6, device=device)
+    with cuda.choose_engine("cluster"):
+        said = fastcell.explain(layer, x)
+    assert (said.engine, said.path, said.products) == ("cuda", "kernel", "float32")
+    assert "one launch" in said.schedule
+    assert "each cluster" in said.schedule
+    assert said.schedule in str(said)
+    if device == "cpu":
+        assert said.isa == "sm_90"
+    with cuda.choose_engine("step"), tf32_allowed(True), torch.no_grad():
+        said = fastcell.explain(layer, x)
+    assert said.products == "tf32"
+    assert said.schedule.startswith("one launch per step")
 
 
 # --- plans ----------------------------------------------------------------------------------------

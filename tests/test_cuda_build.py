@@ -93,7 +93,7 @@ ptxas info    : Function properties for _Z1fv
 ptxas         .     0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 30 registers, used 1 barriers, 40 bytes cumulative stack size, 128 bytes smem
 ptxas info    : Function properties for _Z6helperv
-    16 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas         .     16 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
 ptxas info    : Compile time = 27.203 ms
 ptxas info    : Compiling entry function '_Z1gv' for 'sm_90a'
 ptxas info    : Function properties for _Z1gv

@@ -30,6 +30,7 @@ template <class P, class Place, int Groups>
 struct Block {
   using E = typename P::Element;
   using R = typename P::Real;
+  static constexpr int kHeld = held_chunks(Place::resident, P::kTensor, Groups);
 
   const Sweep& p;
   const int direction, tile, rank;
@@ -38,6 +39,7 @@ struct Block {
   const Index first_sample, first_unit;
   const SharedLayout layout;
   int published = 0;
+  Bytes16 held[kHeld > 0 ? kHeld : 1][Groups];
 
   explicit FASTCELL_INLINE Block(const Sweep& sweep)
       : p(sweep),
@@ -50,20 +52,16 @@ struct Block {
         first_sample(Index(tile) * rows),
         first_unit(Index(rank) * units),
         layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width,
-               sweep.projected_width, Place::resident, Place::cluster, Groups, sizeof(E),
+               sweep.projected_width, Place::resident, Place::cluster, Groups, kHeld, sizeof(E),
                sizeof(R)) {}
 
   // Brings in what stays for all steps.
   FASTCELL_INLINE void begin() {
     if (thread() == 0) *stopped() = 0;
     if constexpr (Place::resident) {
-      const Index group = Groups * kGroup * Index(p.width) * Index(sizeof(E));
-      fill(shared_memory(), packed_at(side.weights, group, Groups), layout.weights);
-      if (p.projected_width != 0) {
-        const Index one = kGroup * Index(p.projected_width) * Index(sizeof(E));
-        fill(shared_memory() + layout.weights, packed_at(side.projection, one, 1),
-             layout.projection);
-      }
+      bring_weights();
+      fill(shared_memory() + layout.weights, packed_at(side.projection, p.projected_width, 1),
+           layout.projection);
     }
     if constexpr (Place::cluster) {
       const Index bytes = Index(rows) * p.width * Index(sizeof(E));
@@ -115,18 +113,17 @@ struct Block {
   // unit. Begins and ends with what the threads of the block must wait for.
   FASTCELL_INLINE void multiply(int slot) const {
     if constexpr (Place::cluster) {
-      run<Groups>(PlainLoad{}, hidden(slot), p.width, side.weights, 0);
+      multiply(PlainLoad{}, hidden(slot));
     } else {
-      run<Groups>(FreshLoad{}, exchanged(slot), p.width, side.weights, 0);
+      multiply(FreshLoad{}, exchanged(slot));
     }
   }
   // With what was exchanged for the projection, by its weights.
   FASTCELL_INLINE void multiply_projected() const {
     if constexpr (Place::cluster) {
-      run<1>(PlainLoad{}, projected(), p.projected_width, side.projection, layout.weights);
+      multiply_projected(PlainLoad{}, projected());
     } else {
-      run<1>(FreshLoad{}, exchanged_projected(), p.projected_width, side.projection,
-             layout.weights);
+      multiply_projected(FreshLoad{}, exchanged_projected());
     }
   }
 
@@ -194,8 +191,56 @@ struct Block {
   FASTCELL_INLINE E* exchanged_projected() const {
     return static_cast<E*>(side.exchange_projected) + Index(tile) * rows * p.projected_width;
   }
-  FASTCELL_INLINE const char* packed_at(const void* weights, Index group_bytes, int) const {
-    return static_cast<const char*>(weights) + Index(rank) * p.unit_warps * group_bytes;
+  // The block's part of packed weights: for each 8 of its units all chunks of k, N groups each.
+  FASTCELL_INLINE const char* packed_at(const void* weights, int width, int N) const {
+    return static_cast<const char*>(weights) +
+           Index(rank) * p.unit_warps * (Index(N) * kGroup * width * Index(sizeof(E)));
+  }
+
+  // This warp's part of a product.
+  struct Part {
+    int row_warp, unit_warp, k_part;
+    int chunks, first, last;  // of k: all, and from where to where
+  };
+  FASTCELL_INLINE Part part(int width) const {
+    const int warp = thread() / 32;
+    const int rest = warp / p.k_warps;
+    Part own{rest / p.unit_warps, rest % p.unit_warps, warp % p.k_warps, 0, 0, 0};
+    own.chunks = width * int(sizeof(E)) / kChunkBytes;
+    const int each = SharedLayout::each_chunks(width, sizeof(E), p.k_warps);
+    own.first = own.k_part * each;
+    own.last = own.first + each < own.chunks ? own.first + each : own.chunks;
+    return own;
+  }
+
+  // The first chunks of each warp's part of k into its registers, the others into shared memory:
+  // [unit warp][part of k][chunk].
+  FASTCELL_INLINE void bring_weights() {
+    const char* all = packed_at(side.weights, p.width, Groups);
+    const Part own = part(p.width);
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        // (Where there are fewer, any will do: they are not used.)
+        const int chunk = own.first + i < own.last ? own.first + i : 0;
+        P::template take<Groups>(held[i], all + chunk_at(own, chunk));
+      }
+    }
+    const Index left = SharedLayout::each_chunks(p.width, sizeof(E), p.k_warps) - kHeld;
+    if (left <= 0) return;
+    const Index bytes = left * Groups * kChunkWeights;
+#pragma unroll 1
+    for (int i = 0; i < p.unit_warps * p.k_warps; ++i) {
+      Part other = own;
+      other.unit_warp = i / p.k_warps;
+      const int first = i % p.k_warps * int(left + kHeld) + kHeld;
+      const int last = first + int(left) < own.chunks ? first + int(left) : own.chunks;
+      fill(shared_memory() + i * bytes, all + chunk_at(other, first),
+           Index(last - first) * Groups * kChunkWeights);
+    }
+  }
+  FASTCELL_INLINE Index chunk_at(const Part& own, int chunk) const {
+    return (Index(own.unit_warp) * own.chunks + chunk) * (Groups * kChunkWeights);
   }
 
   static FASTCELL_INLINE void fill(char* to, const void* from, Index bytes) {
@@ -206,39 +251,70 @@ struct Block {
     }
   }
 
-  template <int N, class Load>
-  FASTCELL_INLINE void run(const Load& load, const E* operand, int width, const void* packed,
-                           Index shared_at) const {
-    const int warp = thread() / 32;
-    const int k_part = warp % p.k_warps, rest = warp / p.k_warps;
-    const int unit_warp = rest % p.unit_warps, row_warp = rest / p.unit_warps;
-    const int row = lane() >> 2, column = 2 * (lane() & 3);
-
-    const Index row_bytes = Index(width) * Index(sizeof(E));
-    const int chunks = int(row_bytes / kChunkBytes);
-    const int each = (chunks + p.k_warps - 1) / p.k_warps;
-    const int first = k_part * each;
-    const int last = first + each < chunks ? first + each : chunks;
-
-    const Index group = N * kGroup * row_bytes;
-    const char* weights = Place::resident ? shared_memory() + shared_at + unit_warp * group
-                                          : packed_at(packed, group, N) + unit_warp * group;
-    const char* rows_at = reinterpret_cast<const char*>(operand) +
-                          Index(row_warp * kWarpRows + row) * row_bytes;
-    R sums[N][4];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      for (int i = 0; i < 4; ++i) sums[n][i] = R(0);
+  // By the recurrent weights.
+  template <class Load>
+  FASTCELL_INLINE void multiply(const Load& load, const E* operand) const {
+    const Part own = part(p.width);
+    const char* rows_at = row_at(own, operand, p.width);
+    const Index row_bytes = Index(p.width) * Index(sizeof(E));
+    R sums[Groups][4] = {};
+    const char* weights;  // of chunk 0
+    if constexpr (Place::resident) {
+      const Index left = SharedLayout::each_chunks(p.width, sizeof(E), p.k_warps) - kHeld;
+      weights = shared_memory() + ((Index(own.unit_warp) * p.k_warps + own.k_part) * left -
+                                   own.first - kHeld) *
+                                      (Groups * kChunkWeights);
+    } else {
+      weights = packed_at(side.weights, p.width, Groups) + chunk_at(own, 0);
     }
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (own.first + i < own.last) {
+          P::template held_chunk<Groups>(sums, rows_at + Index(own.first + i) * kChunkBytes,
+                                         row_bytes, held[i], load);
+        }
+      }
+    }
+    add_chunks<Groups>(sums, load, rows_at, row_bytes, weights, own.first + kHeld, own.last);
+    leave<Groups>(sums, own);
+  }
+  // By the projection's, of one group of columns.
+  template <class Load>
+  FASTCELL_INLINE void multiply_projected(const Load& load, const E* operand) const {
+    const Part own = part(p.projected_width);
+    const Index row_bytes = Index(p.projected_width) * Index(sizeof(E));
+    R sums[1][4] = {};
+    const char* all = Place::resident ? shared_memory() + layout.weights
+                                      : packed_at(side.projection, p.projected_width, 1);
+    add_chunks<1>(sums, load, row_at(own, operand, p.projected_width), row_bytes,
+                  all + Index(own.unit_warp) * own.chunks * kChunkWeights, own.first, own.last);
+    leave<1>(sums, own);
+  }
+
+  FASTCELL_INLINE const char* row_at(const Part& own, const E* operand, int width) const {
+    return reinterpret_cast<const char*>(operand + Index(own.row_warp * kWarpRows + (lane() >> 2)) *
+                                                       width);
+  }
+
+  template <int N, class Load>
+  static FASTCELL_INLINE void add_chunks(R (&sums)[N][4], const Load& load, const char* rows_at,
+                                         Index row_bytes, const char* weights, int first,
+                                         int last) {
 #pragma unroll P::kUnroll
     for (int chunk = first; chunk < last; ++chunk) {
       P::template chunk<N>(sums, rows_at + Index(chunk) * kChunkBytes, row_bytes,
-                           weights + Index(chunk) * (N * kGroup * kChunkBytes), load);
+                           weights + Index(chunk) * (N * kChunkWeights), load);
     }
+  }
 
+  // Into shared memory, where the parts of k meet.
+  template <int N>
+  FASTCELL_INLINE void leave(const R (&sums)[N][4], const Part& own) const {
+    const int row = lane() >> 2, column = 2 * (lane() & 3);
     R* to = reinterpret_cast<R*>(shared_memory() + layout.sums) +
-            (Index(k_part) * N * rows + row_warp * kWarpRows + row) * units +
-            unit_warp * kGroup + column;
+            (Index(own.k_part) * N * rows + own.row_warp * kWarpRows + row) * units +
+            own.unit_warp * kGroup + column;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       R* at = to + Index(n) * rows * units;

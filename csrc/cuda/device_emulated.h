@@ -1,8 +1,9 @@
 // device.h as threads of this machine, so that the kernels can be tested without a GPU.
 //
 // A block is one thread of the system, the threads of a block are fibers of it, which give way to
-// each other where they wait. Under ThreadSanitizer a switch of fibers orders nothing: what two
-// threads of a block touch without a barrier in between is reported, as between blocks.
+// each other where they wait. Under ThreadSanitizer nothing orders what two threads do, of one block
+// or of two, but what does so on a GPU: barriers, flags, the begin and the end of a launch. Not the
+// fibers' turns, not that blocks run one after another, not a product of the tensor cores.
 #pragma once
 
 #include <atomic>
@@ -24,15 +25,20 @@ struct alignas(16) Bytes16 {
   Bits32 word[4];
 };
 
+// What emulates the device, and is none of the kernel's accesses to memory.
+#define FASTCELL_UNOBSERVED __attribute__((no_sanitize("thread")))
+
 namespace emulated {
 
 constexpr int kWarp = 32;
 
-// Waiting of a fixed number of fibers for each other.
+// Waiting of a fixed number of fibers for each other: wait() orders what they did before it and what
+// they do after, meet() does not.
 struct Barrier {
   std::atomic<int> arrived{0};
   std::atomic<int> passed{0};
   void wait(int count);
+  void meet(int count);
 };
 
 struct Block;
@@ -60,8 +66,12 @@ void give_way();
 }  // namespace emulated
 
 // Never kept in a register across a wait: another fiber runs then.
-inline __attribute__((noinline)) int thread() { return emulated::current_thread; }
-inline __attribute__((noinline)) emulated::Block& this_block() { return *emulated::current_block; }
+FASTCELL_UNOBSERVED inline __attribute__((noinline)) int thread() {
+  return emulated::current_thread;
+}
+FASTCELL_UNOBSERVED inline __attribute__((noinline)) emulated::Block& this_block() {
+  return *emulated::current_block;
+}
 
 inline int lane() { return thread() % emulated::kWarp; }
 inline int block(int axis) { return this_block().index[axis]; }
@@ -125,13 +135,15 @@ inline float widen_float16(Bits16 h) {
   return float_of(sign | ((rest << 13) + (112u << 23)));
 }
 
-// d += a b, fragments as PTX has them; `pair` multiplies what 32 bits hold.
+// d += a b, fragments as PTX has them; `pair` multiplies what 32 bits hold. The lanes wait for each
+// other, but what they read and write is not ordered by it.
 template <class Pair>
-inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2], const Pair& pair) {
-  auto& lanes = this_block().fragments[thread() / emulated::kWarp];
+FASTCELL_UNOBSERVED inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2], const Pair& pair) {
+  const int warp = thread() / emulated::kWarp;
+  auto& lanes = this_block().fragments[warp];
   for (int i = 0; i < 4; ++i) lanes[lane()][i] = a[i];
   for (int i = 0; i < 2; ++i) lanes[lane()][4 + i] = b[i];
-  warp_barrier();
+  this_block().warps[warp].meet(emulated::kWarp);
   const int row = lane() & ~3, column = 2 * (lane() & 3);
   for (int k = 0; k < 4; ++k) {
     for (int i = 0; i < 4; ++i) {  // row i / 2, column i % 2
@@ -141,7 +153,7 @@ inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2], const
       d[i] = pair(rows[i / 2 + 2], columns[1], d[i]);
     }
   }
-  warp_barrier();
+  this_block().warps[warp].meet(emulated::kWarp);
 }
 inline void mma_bfloat16(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2]) {
   mma(d, a, b, [](Bits32 x, Bits32 y, float sum) {

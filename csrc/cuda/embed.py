@@ -26,7 +26,8 @@ def blob(label: str, file: Path) -> list[str]:
         f".global {label}",
         f".hidden {label}",
         f'{label}: .incbin "{file.resolve().as_posix()}"',
-        '.byte 0, 0\n.popsection)");',
+        ".byte 0",
+        '.popsection)");',
         f'extern "C" const char {label}[];',
         "",
     ]

@@ -43,10 +43,8 @@ def names(capability: int) -> list[str]:
 
 def table() -> str:
     """C++ source of the emulated kernels' table."""
-    rows = "\n".join(
-        f'    {{"{n}",\n     [](const void* p) {{ {n}(*static_cast<const fastcell::cuda::Sweep*>(p)); }}}},'
-        for n in names(90)
-    )
+    call = "[](const void* p) {{ {}(*static_cast<const Sweep*>(p)); }}"
+    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in names(90))
     return f"""#include "kernels.cu"
 
 #include "gpu_emulated.h"

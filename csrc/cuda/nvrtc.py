@@ -77,38 +77,38 @@ class Nvrtc:
 
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\S+)' for ")
 FRAME = re.compile(
-    r"ptxas\s.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"(?:ptxas)?[\s.]*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
 USED = re.compile(r"ptxas info\s*: Used (\d+) registers")
 STACK = re.compile(r"(\d+) bytes cumulative stack size")
 SHARED = re.compile(r"(\d+) bytes smem")
-NOTHING = re.compile(
-    r"\s*$|ptxas info\s*: (\d+ bytes gmem|Compile time|Function properties for|Used )"
-)
+NOTHING = re.compile(r"\s*$|ptxas info\s*: (\d+ bytes gmem|Compile time|Function properties for)")
+RESOURCES = ("registers", "spill_stores", "spill_loads", "stack", "shared")
 
 
 def parse_log(log: str) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """What ptxas -v reports of each kernel by its symbol, and the lines that are no such report."""
+    """What ptxas -v says of each kernel, by its symbol, and the lines that are something else.
+
+    Of each kernel of which it said everything, there are the numbers RESOURCES.
+    """
     kernels: dict[str, dict[str, int]] = {}
-    rest = []
     current: dict[str, int] = {}
+    rest = []
     for line in log.splitlines():
         if match := ENTRY.match(line):
-            current = dict.fromkeys(("registers", "spill_stores", "spill_loads"), 0)
-            current |= {"stack": 0, "shared": 0}
-            kernels[match[1]] = current
+            current = kernels.setdefault(match[1], {})
         elif match := FRAME.match(line):
-            # A function that was not inlined has its own line after its kernel's: it counts, too.
+            # A function that was not inlined comes after its kernel: that is to count, too.
             stack, stores, loads = map(int, match.groups())
-            current["stack"] = max(current["stack"], stack)
-            current["spill_stores"] += stores
-            current["spill_loads"] += loads
+            current["stack"] = max(current.get("stack", 0), stack)
+            current["spill_stores"] = current.get("spill_stores", 0) + stores
+            current["spill_loads"] = current.get("spill_loads", 0) + loads
         elif match := USED.match(line):
             current["registers"] = int(match[1])
-            if more := STACK.search(line):
-                current["stack"] = max(current["stack"], int(more[1]))
-            if more := SHARED.search(line):
-                current["shared"] = int(more[1])
+            found = SHARED.search(line)  # not mentioned if there is none
+            current["shared"] = int(found[1]) if found else 0
+            if found := STACK.search(line):
+                current["stack"] = max(current.get("stack", 0), int(found[1]))
         elif not NOTHING.match(line):
             rest.append(line)
-    return kernels, rest
+    return {name: found for name, found in kernels.items() if len(found) == len(RESOURCES)}, rest

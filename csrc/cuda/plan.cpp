@@ -25,9 +25,11 @@ constexpr CellFacts kCells[] = {
     facts<cells::Gru>("gru", "Gru"),
 };
 constexpr ProductsFacts kProductsFacts[] = {
-    {"float64", "Float64", 8, 8, false, 150, 75}, {"float32", "Float32", 4, 4, true, 75, 75},
-    {"tf32", "Tf32", 4, 4, true, 25, 80},         {"bfloat16", "Brain", 2, 4, true, 25, 80},
-    {"float16", "Half", 2, 4, true, 25, 75},
+    {"float64", "Float64", 8, 8, false, false, 150, 75},
+    {"float32", "Float32", 4, 4, true, false, 75, 75},
+    {"tf32", "Tf32", 4, 4, true, true, 25, 80},
+    {"bfloat16", "Brain", 2, 4, true, true, 25, 80},
+    {"float16", "Half", 2, 4, true, true, 25, 75},
 };
 constexpr const char* kPlaceTypes[] = {"Step", "Grid", "Cluster"};
 
@@ -71,9 +73,11 @@ bool complete(Plan& plan, const Limits& limits) {
     if (size > limits.max_cluster) return false;
     plan.unit_blocks = size;
   }
+  const bool resident = plan.place != Place::kStep;
+  const int groups = sizes.backward ? 1 : plan.cell.gates;
   const SharedLayout layout(plan.row_warps, plan.unit_warps, plan.k_warps, plan.width,
-                            plan.projected_width, plan.place != Place::kStep,
-                            plan.place == Place::kCluster, sizes.backward ? 1 : plan.cell.gates,
+                            plan.projected_width, resident, plan.place == Place::kCluster, groups,
+                            held_chunks(resident, plan.products.tensor, groups),
                             plan.products.element, plan.products.real);
   if (layout.total > limits.shared_per_block) return false;
   plan.shared = int(layout.total);
@@ -90,7 +94,6 @@ bool complete(Plan& plan, const Limits& limits) {
   }
   const double blocks = double(plan.unit_blocks) * plan.tiles * sizes.directions;
   const double waves = std::max(1.0, blocks / at_once);
-  const int groups = sizes.backward ? 1 : plan.cell.gates;
   const auto product = [&](int width, int columns) {
     const int chunks = width * plan.products.element / kChunkBytes;
     return parts(chunks, plan.k_warps) * columns * plan.products.chunk_time;

@@ -18,6 +18,7 @@ struct ProductsFacts {
   const char* type;
   int element, real;    // bytes of a number as stored, as summed
   bool persistent;      // whether there are kernels for all steps at once
+  bool tensor;          // whether tensor cores multiply
   double chunk_time;    // ns that a warp takes for 64 bytes along k, 8 columns
   int capability;       // least that has them
 };

@@ -55,6 +55,7 @@ struct Plain {
   using Element = T;  // as states and weights are stored
   using Real = T;     // of sums and the cell's maths
   static constexpr int kUnroll = 1;  // of the loop over chunks: loads in flight against code
+  static constexpr bool kTensor = false;
 
   template <int N, class Load>
   static FASTCELL_INLINE void chunk(Real (&sums)[N][4], const char* row, Index row_bytes,
@@ -67,7 +68,7 @@ struct Plain {
       const Vector<T> b = as_vector<T>(load(row + 8 * row_bytes + at));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const char* w = columns + n * kGroup * kChunkBytes + at;
+        const char* w = columns + n * kChunkWeights + at;
         const Vector<T> c = as_vector<T>(load16(w));
         const Vector<T> d = as_vector<T>(load16(w + kChunkBytes));
 #pragma unroll
@@ -88,23 +89,37 @@ struct Tensor {
   using Element = typename Kind::Element;
   using Real = float;
   static constexpr int kUnroll = 2;
+  static constexpr bool kTensor = true;
 
   template <int N, class Load>
   static FASTCELL_INLINE void chunk(Real (&sums)[N][4], const char* row, Index row_bytes,
                                     const char* weights, const Load& load) {
+    Bytes16 own[N];
+    take<N>(own, weights);
+    held_chunk<N>(sums, row, row_bytes, own, load);
+  }
+
+  // A lane's part of a chunk's weights.
+  template <int N>
+  static FASTCELL_INLINE void take(Bytes16 (&own)[N], const char* weights) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) own[n] = load16(weights + n * kChunkWeights + lane() * 16);
+  }
+
+  template <int N, class Load>
+  static FASTCELL_INLINE void held_chunk(Real (&sums)[N][4], const char* row, Index row_bytes,
+                                         const Bytes16 (&own)[N], const Load& load) {
     const int at = (lane() & 3) * 16;
     const Bytes16 a = load(row + at);
     const Bytes16 b = load(row + 8 * row_bytes + at);
-    const char* columns = weights + (lane() >> 2) * kChunkBytes + at;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const Bytes16 w = load16(columns + n * kGroup * kChunkBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * half;
         const Bits32 rows[4] = {a.word[i], b.word[i], a.word[i + 1], b.word[i + 1]};
-        const Bits32 both[2] = {w.word[i], w.word[i + 1]};
-        Kind::multiply(sums[n], rows, both);
+        const Bits32 columns[2] = {own[n].word[i], own[n].word[i + 1]};
+        Kind::multiply(sums[n], rows, columns);
       }
     }
   }

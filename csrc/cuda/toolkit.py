@@ -2,10 +2,10 @@
 
     python toolkit.py
 
-prints them as NAME=VALUE lines, or says on standard error what is missing and exits with 1. In this
-order: pip's packages of CUDA 12, those of CUDA 13, an installed toolkit (CUDA_HOME, else
-/usr/local/cuda). Pip's come first, since they are the same on every machine, and 12 before 13, since
-what it builds runs on older drivers.
+prints them as NAME=VALUE lines, or says on standard error what is missing and exits with 1. In
+this order: pip's packages of CUDA 12, those of CUDA 13, an installed toolkit (CUDA_HOME, else
+/usr/local/cuda). Pip's come first, since they are the same on every machine, and 12 before 13,
+since what it builds runs on older drivers.
 """
 
 from __future__ import annotations

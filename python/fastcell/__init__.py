@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # torch first: it brings the OpenMP runtime that the kernels share with it.
 import torch as _torch  # noqa: F401  # isort: skip
 
-from . import functional, reference
+from . import cuda, functional, reference
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
@@ -35,6 +35,7 @@ __all__ = [
     "Stream",
     "__version__",
     "convert",
+    "cuda",
     "explain",
     "functional",
     "info",

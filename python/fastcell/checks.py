@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .cells import weights_per_direction
 
-# What fastcell has kernels for; 16-bit storage is computed in float32.
-KERNEL_DEVICES = ("cpu", "meta")
+# What fastcell has kernels for.
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}

@@ -21,7 +21,8 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .checks import KERNEL_DEVICES, KERNEL_DTYPES
+from .checks import KERNEL_DTYPES
+from .engines import why_no_kernels
 from .modules import GRU, LSTM, RNN
 
 __all__ = ["Finding", "convert", "revert", "survey"]
@@ -166,8 +167,9 @@ def _reason(module: Module) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced on this object, and would still be torch.nn's"
     for tensor in module.parameters():
-        if tensor.device.type not in KERNEL_DEVICES:
-            return f"fastcell has no kernels for device type '{tensor.device.type}'"
+        missing = why_no_kernels(tensor.device)
+        if missing:
+            return f"fastcell has no kernels for {missing}"
         if tensor.dtype not in KERNEL_DTYPES:
             return f"fastcell has no kernels for {tensor.dtype}"
     return ""

@@ -1,8 +1,8 @@
-"""From tensors to the CUDA kernels and back: allocation, products over whole sequences, pointers.
+"""From tensors to the CUDA kernels and back: allocation, whole-sequence products, pointers.
 
 A layer is three things: the input terms of all steps as one matrix product, the steps themselves
-(``_core.CudaPlan``: one launch each, or one for all of them), and, backwards, the gradients of inputs
-and weights as matrix products again. The functions are those of ``cpu.py``.
+(``_core.CudaPlan``: one launch each, or one for all of them), and, backwards, the gradients of
+inputs and weights as matrix products again. The functions are those of ``cpu.py``.
 
 Nothing here waits for the device, so that a call can be captured in a graph: but for the lengths of
 a PackedSequence, which live on the CPU.
@@ -203,7 +203,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a @ b
     if a.is_cuda:
         try:
-            return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+            return torch.mm(a, b, out_dtype=dtype)
         except TypeError:  # torch before 2.8
             return (a @ b).to(dtype)
     return a.to(dtype) @ b.to(dtype)
@@ -241,6 +241,42 @@ def _by_unit(weight: Tensor, gates: int) -> Tensor:
     return blocks.permute(3, 1, 0, 2).reshape(1, output, gates * padded)
 
 
+def explain(
+    config: Config,
+    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    steps: int,
+    batch: int,
+    device: torch.device,
+    gradients: bool,
+) -> tuple[str, str]:
+    """(architecture of the device, how its blocks share a layer's steps, in words)."""
+    index = device.index or 0
+    layer = _layer_of(config, dtype, weights, steps, batch, steps * batch)
+    architecture = f"sm_{device_code.cuda_limits(index)['capability']}"
+    texts = [
+        _in_words(_plan(layer, index, backward)) for backward in (False, True)[: 1 + gradients]
+    ]
+    if gradients and texts[0] != texts[1]:
+        return architecture, f"forward {texts[0]}; backward {texts[1]}"
+    return architecture, texts[0]
+
+
+def _in_words(plan: Any) -> str:
+    share = f"blocks of {plan.rows} samples and {plan.units} units"
+    if plan.place == "step":
+        return f"one launch per step, {share}"
+    where = "the device" if plan.place == "grid" else "each cluster"
+    return f"one launch, {plan.unit_blocks} {share} over {where}, weights resident"
+
+
+def _plan(layer: _Layer, index: int, backward: bool) -> Any:
+    return device_code.CudaPlan(
+        index, layer.cell, products_of(layer.dtype), backward, layer.steps, layer.batch,
+        layer.hidden, layer.output, layer.directions, layer.projected, _wanted,
+    )  # fmt: skip
+
+
 # What kernels report: set where one gave up waiting. In memory that the host reads without waiting.
 _reports: dict[torch.device, Tensor] = {}
 
@@ -270,11 +306,7 @@ class _Sweep:
     ) -> None:  # fmt: skip
         self.layer, self.device = layer, device
         self.products = products_of(layer.dtype)
-        self.index = device.index or 0
-        self.plan = device_code.CudaPlan(
-            self.index, layer.cell, self.products, backward, layer.steps, layer.batch,
-            layer.hidden, layer.output, layer.directions, layer.projected, _wanted,
-        )  # fmt: skip
+        self.plan = _plan(layer, device.index or 0, backward)
         plan, count = self.plan, layer.directions
         columns, rows = plan.unit_blocks * plan.units, plan.tiles * plan.rows
         self.weights, self.projections = [], []
@@ -286,7 +318,7 @@ class _Sweep:
                 w_hr = w_ih_hh[-1].t() if backward else w_ih_hh[-1]
                 packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
-        new = {"device": device, "dtype": layer.dtype}
+        new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
         self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
         self.exchange_projected = (
             torch.zeros((count, rows, plan.projected_width), **new) if layer.projected else None
@@ -466,7 +498,7 @@ def _result(
     if config.batch_first:
         sizes, strides = (batch, steps, width), (width, batch * width, 1)
     result = torch.empty(0, dtype=rows.dtype, device=rows.device)
-    return result.set_(rows.untyped_storage(), 0, sizes, strides)  # type: ignore[call-overload, no-any-return]
+    return result.set_(rows.untyped_storage(), 0, sizes, strides)
 
 
 def backward(
@@ -609,6 +641,7 @@ def _layer_backward(
         if layer.projected and need[-1]:
             cell_output = kept.cell_output[at]
             assert d_output is not None
+            assert cell_output is not None
             found[-1] = d_output.t() @ cell_output
         for k in range(each):
             if need[k]:

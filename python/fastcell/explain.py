@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, ops
+from . import _core, cuda, ops
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import CELLS
 from .cpu import row_offsets
+from .engines import engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
@@ -23,7 +24,7 @@ _CELLS = (RNNCell, LSTMCell, GRUCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)
 
 _REASONS = {
-    "kernel": "plain CPU tensors in eager mode",
+    "kernel": "plain tensors in eager mode",
     "operator": "torch must see one operator here (torch.compile or export, torch.func, a meta or "
     "fake tensor, a dispatch mode or a tensor subclass); the same kernels run behind it",
 }
@@ -35,8 +36,8 @@ class Explanation:
 
     Attributes:
         layer: the class of the layer.
-        engine: ``"cpu"``: fastcell's kernels; ``"torch"``: plain torch operations, step by step;
-            ``"meta"``: shapes only.
+        engine: ``"cpu"``, ``"cuda"``: fastcell's kernels; ``"torch"``: plain torch operations, step
+            by step; ``"meta"``: shapes only.
         path: ``"kernel"``: straight to the kernels; ``"operator"``: the same kernels behind a
             registered operator; ``"composite"``: torch operations.
         reason: why that path.
@@ -44,11 +45,11 @@ class Explanation:
         autocast: dtype to which autocast rounds them for the call, or None.
         arithmetic: dtype in which is computed.
         products: what the forward pass multiplies: ``"exact"`` (that dtype), ``"bfloat16"`` or
-            ``"int8"``; sums have that dtype in any case.
+            ``"int8"``; sums have that dtype in any case. On a GPU the dtype or ``"tf32"``.
         gradients: whether what a backward pass needs is kept.
-        isa: instruction set of the kernels, None without kernels.
-        threads: threads that the call may use.
-        schedule: how they share the work; None if no input was given.
+        isa: instruction set of the kernels, on a GPU its architecture; None without kernels.
+        threads: threads that the call may use, on a CPU.
+        schedule: how they, or a GPU's thread blocks, share the work; None if no input was given.
         packed_bytes: size of the weights in the kernels' layout, None without kernels.
         packed: whether they are held in that layout already.
     """
@@ -75,7 +76,9 @@ class Explanation:
             tensors += f", rounded to {_name(self.autocast)} by autocast"
         if self.arithmetic not in (self.dtype, self.autocast):
             tensors += f", computed in {_name(self.arithmetic)}"
-        if self.products != "exact":
+        if self.engine == "cuda":
+            tensors += f" with products of {self.products}"
+        elif self.products != "exact":
             how = "dot products" if self.isa == "avx512" and _core.dot_products() else "widening"
             tensors += f" with products of {self.products} (by {how})"
         weights = "not packed"
@@ -85,12 +88,19 @@ class Explanation:
             if self.autocast is not None or (narrow and self.gradients):
                 when = "converted and packed by every call"
             weights = f"{self.packed_bytes:,} bytes, {when}"
+        if self.engine == "cuda":
+            weights = "brought into the kernels' order by every call"
+        shared = f": {self.schedule}" if self.schedule else ""
         rows = {
             "engine": f"{self.engine}, ISA {self.isa}" if self.isa else self.engine,
             "path": f"{self.path}: {self.reason}",
             "tensors": tensors,
             "gradients": "kept for a backward pass" if self.gradients else "not asked for",
-            "threads": f"{self.threads}" + (f": {self.schedule}" if self.schedule else ""),
+            **(
+                {"blocks": self.schedule or "depend on the input"}
+                if self.engine == "cuda"
+                else {"threads": f"{self.threads}{shared}"}
+            ),
             "weights": weights,
         }
         return "\n".join([self.layer, *(f"  {name:<10} {text}" for name, text in rows.items())])
@@ -147,6 +157,16 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
     )
     if path != "composite" and device == "meta":
         engine = "meta"
+    elif path != "composite" and engine_of(stand_in) is cuda:
+        engine = "cuda"
+        config = config._replace(products=cuda.products_of(arithmetic))
+        if input is not None:
+            at = _extent(module, input)
+            isa, schedule = cuda.explain(
+                config, arithmetic, weights, at.steps, at.batch, stand_in.device, gradients
+            )
+        if arithmetic in (torch.bfloat16, torch.float16):
+            arithmetic = torch.float32
     elif path != "composite":
         engine, isa = "cpu", _core.isa()
         if config.products == "exact" and arithmetic is torch.bfloat16:
@@ -169,7 +189,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         layer=f"fastcell.{module}",
         engine=engine,
         path=path,
-        reason=_REASONS.get(path) or _why_composite(device),
+        reason=_REASONS.get(path) or _why_composite(stand_in.device),
         device=str(stand_in.device),
         dtype=dtype,
         autocast=autocast,
@@ -224,14 +244,15 @@ def _weights(module: torch.nn.Module) -> list[Tensor]:
 
 def _path(input: Tensor, weights: list[Tensor]) -> str:
     # Asked here first: route() would warn, once in a process, and that belongs to a real call.
-    if input.device.type not in ("cpu", "meta"):
+    if why_no_kernels(input.device):
         return "composite"
     return ops.route(input, weights)
 
 
-def _why_composite(device: str) -> str:
-    if device not in ("cpu", "meta"):
-        return f"no kernels for device type '{device}' yet"
+def _why_composite(device: torch.device) -> str:
+    missing = why_no_kernels(device)
+    if missing:
+        return f"no kernels for {missing}"
     return "forward-mode differentiation or nested torch.func transforms"
 
 
@@ -241,7 +262,7 @@ def _autocast_dtype(
     if device == "meta" or not torch.is_autocast_enabled(device) or dtype is torch.float64:
         return None
     applies = CELLS[cell].autocast_cell if single_step else CELLS[cell].autocast
-    return torch.get_autocast_dtype(device) if applies else None
+    return torch.get_autocast_dtype(device) if applies or device == "cuda" else None
 
 
 def _extent(module: torch.nn.Module, input: Tensor | PackedSequence) -> _Extent:

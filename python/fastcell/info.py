@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -27,7 +28,8 @@ def info() -> dict[str, Any]:
           of the first core in bytes (None where the system does not tell);
         * ``openmp``: files of the OpenMP runtimes in this process (None where the system does not
           tell). More than one of them would fight over the cores;
-        * ``cuda``: ``architectures`` and number of ``kernels`` compiled in, ``runtime`` version.
+        * ``cuda``: ``architectures`` (``sm_*``: machine code, ``compute_*``: PTX for later chips)
+          and number of ``kernels`` compiled in, version of the ``runtime`` inside (None without).
     """
     from . import __version__
 
@@ -46,7 +48,17 @@ def info() -> dict[str, Any]:
             "caches": caches(),
         },
         "openmp": openmp_runtimes(),
-        "cuda": {"architectures": [], "kernels": 0, "runtime": None},
+        "cuda": _cuda(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    version = _core.cuda_runtime_version()
+    compiled = json.loads(_core.cuda_report()).get("architectures", {})
+    return {
+        "architectures": _core.cuda_architectures(),
+        "kernels": sum(len(one["kernels"]) for one in compiled.values()),
+        "runtime": f"{version // 1000}.{version % 1000 // 10}" if version else None,
     }
 
 
@@ -94,6 +106,8 @@ def format_info(facts: dict[str, Any]) -> str:
         "threads": f"{cpu['threads']} (of {cpu['cores']} logical cores)",
         "caches": ", ".join(sizes) or unknown,
         "OpenMP": unknown if openmp is None else ", ".join(openmp) or "none",
-        "CUDA": ", ".join(cuda["architectures"]) or "no kernels compiled in",
+        "CUDA": f"runtime {cuda['runtime']}, {', '.join(cuda['architectures'])}"
+        if cuda["architectures"]
+        else "no kernels compiled in",
     }
     return "\n".join(f"{name:<18}{value}" for name, value in rows.items())

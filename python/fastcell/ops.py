@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import composite, cuda, operator_checks, operators, transforms, vmap
+from . import composite, operator_checks, operators, transforms, vmap
 from . import recompute as segments
 from .autograd import differentiable
 from .cells import CELLS
-from .engines import engine_of
+from .engines import engine_of, why_no_kernels
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import Config
 
@@ -123,11 +123,10 @@ def route(input: Tensor, weights: Sequence[Tensor]) -> str:
 
     Warns, once for each, of a device or a dtype that has no kernels.
     """
-    if input.is_cuda:
-        if not cuda.architectures():
-            return _without_kernel("CUDA devices in this build (it was made without CUDA)")
-    elif not (input.is_cpu or input.is_meta):
-        return _without_kernel(f"device type '{input.device.type}'")
+    if not input.is_cpu:
+        missing = why_no_kernels(input.device)
+        if missing:
+            return _without_kernel(missing)
     if input.dtype not in _DTYPES:
         return _without_kernel(f"dtype {input.dtype}")
     if torch.compiler.is_compiling():
@@ -181,7 +180,7 @@ def _without_kernel(what: str) -> str:
     if what not in _warned and not torch.compiler.is_compiling():
         _warned.add(what)
         warnings.warn(
-            f"fastcell has no kernels for {what} yet: this layer runs step by step in plain torch "
+            f"fastcell has no kernels for {what}: this layer runs step by step in plain torch "
             "operations, which is slow",
             stacklevel=5,
         )
