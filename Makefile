@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SANITIZED := build/sanitize
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench -name '*.h' -o -name '*.cpp' -o -name '*.py' -o -name '*.pyi')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake' -o -name '*.py' -o -name '*.pyi')
 
 .PHONY: install demo test bench lint format sanitize test-native test-aarch64 wheel clean
 

@@ -242,6 +242,48 @@ def test_a_sequence_cut_in_two(place, device):
     problem.assert_close(values, {"output": whole, "h": h, "c": c})
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_lengths_on_the_device(cell, batch_first, place, device):
+    """As a PackedSequence; NaN in the padding is not seen."""
+    case = Case(cell, F32, 2, True, batch_first=batch_first, T=6, B=19, I=4, H=20, form="ragged")
+    problem = Problem(case._replace(projected=cell == "lstm" and not batch_first, device=device))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    assert problem.lengths is not None
+    lengths = torch.from_numpy(problem.lengths).to(device)
+    step = torch.arange(case.T, device=device)[:, None]
+    alive = (step < lengths)[:, :, None]
+    alive = alive.transpose(0, 1) if batch_first else alive
+    x = inputs["x"]
+    poisoned = x.detach().where(alive, torch.nan).requires_grad_()
+    states = [inputs[f"{name}0"] for name in problem.case.state_names]
+    with cuda.choose_engine(place):
+        output, finals = torch.ops.fastcell.sequence(
+            poisoned, states, list(layer.parameters()), lengths, None,
+            cell, 2, True, True, batch_first, "exact",
+        )  # fmt: skip
+        values = {"output": output, **dict(zip(problem.case.state_names, finals, strict=True))}
+        torch.autograd.backward(list(values.values()), problem.gradients_in())
+    leaves = inputs | {"x": poisoned} | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    problem.assert_close(values, problem.truth())
+
+
+def test_lengths_in_second_derivatives(device):
+    layer = fastcell.LSTM(2, 3, bidirectional=True, dtype=F64, device=device)
+    x = torch.randn(3, 2, 2, dtype=F64, device=device, requires_grad=True)
+    lengths = torch.tensor([1, 3], device=device)
+
+    def run(x):
+        return torch.ops.fastcell.sequence(
+            x, [], list(layer.parameters()), lengths, None, "lstm", 1, True, True, False, "exact"
+        )[0]
+
+    assert torch.autograd.gradcheck(run, (x,))
+    assert torch.autograd.gradgradcheck(run, (x,))
+
+
 def test_nothing_to_do(device):
     layer = fastcell.GRU(3, 5, bidirectional=True, device=device)
     x = torch.zeros(4, 0, 3, device=device, requires_grad=True)

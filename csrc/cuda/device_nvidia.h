@@ -80,6 +80,10 @@ FASTCELL_INLINE void store16_remote(void* p, int rank, Bytes16 v) {
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
+#else  // no clusters: kernel_names.py has no kernels for them
+FASTCELL_INLINE int cluster_rank() { return 0; }
+FASTCELL_INLINE void cluster_barrier() {}
+FASTCELL_INLINE void store16_remote(void*, int, Bytes16) {}
 #endif
 
 // d += a b, 16 rows, 8 columns; fragments as PTX has them. Turing multiplies 8 numbers of k at a

@@ -1,9 +1,12 @@
 // gpu.h on threads of this machine; see device_emulated.h.
 #include <sched.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -28,49 +31,57 @@ constexpr size_t kStackBytes = 64 << 10;
 
 Limits pretended{90, 16, 227 << 10, true, 16};
 
-// The fibers of one block, on one thread of the system.
+// The fibers' stacks. Mapped anew for every block: the thread sanitizer forgets what was there.
+struct Stacks {
+  explicit Stacks(int count) : bytes(kStackBytes * size_t(count)) {
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+  }
+  Stacks(const Stacks&) = delete;
+  ~Stacks() { munmap(memory, bytes); }
+  size_t bytes;
+  void* memory;
+};
+
+// The fibers of one block, on one thread of the system. Lives until the launch has ended.
 class Runner {
  public:
-  Runner(Block& block, const EmulatedKernel& kernel, const void* parameter)
-      : block_(block), kernel_(kernel), parameter_(parameter) {
-    stacks_.reset(new char[kStackBytes * size_t(block.threads)]);
-    fibers_.resize(size_t(block.threads));
-  }
+  Runner(Block& block, size_t shared, const EmulatedKernel& kernel, const void* parameter)
+      : block_(block),
+        shared_(shared),
+        kernel_(kernel),
+        parameter_(parameter),
+        memory_(new Fiber[size_t(block.threads)]),
+        fibers_(memory_.get()) {}
 
-  void run() {
-    Runner* outer = running_;
+  FASTCELL_UNOBSERVED void run() {
+    const Stacks stacks(block_.threads);
     running_ = this;
     current_block = &block_;
-    left_ = block_.threads;
 #if defined(__SANITIZE_THREAD__)
     main_fiber_ = __tsan_get_current_fiber();
 #endif
     for (int i = 0; i < block_.threads; ++i) {
-      Fiber& fiber = fibers_[size_t(i)];
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks_.get() + kStackBytes * size_t(i);
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Runner::start, 0);
-#if defined(__SANITIZE_THREAD__)
-      fiber.sanitizer = __tsan_create_fiber(0);
-#endif
+      prepare(fibers_[i], static_cast<char*>(stacks.memory) + kStackBytes * size_t(i));
     }
     switch_to(&main_, 0);
 #if defined(__SANITIZE_THREAD__)
-    for (Fiber& fiber : fibers_) __tsan_destroy_fiber(fiber.sanitizer);
+    for (int i = 0; i < block_.threads; ++i) __tsan_destroy_fiber(fibers_[i].sanitizer);
 #endif
-    running_ = outer;
   }
 
-  static void give_way() {
+  // Orders what the block's threads did before what the caller does.
+  void end() const {
+    if (ended_.load(std::memory_order_acquire) != block_.threads) std::terminate();
+  }
+
+  FASTCELL_UNOBSERVED static void give_way() {
     Runner& self = *running_;
     const int from = current_thread;
     // Other blocks may be what is waited for.
     if (++self.turns_ % unsigned(self.block_.threads) == 0) sched_yield();
     const int next = self.next(from);
-    if (next != from) self.switch_to(&self.fibers_[size_t(from)].context, next);
+    if (next != from) self.switch_to(&self.fibers_[from].context, next);
   }
 
  private:
@@ -80,48 +91,71 @@ class Runner {
     void* sanitizer;
   };
 
-  static void start() {
-    running_->kernel_.run(running_->parameter_);
-    Runner& self = *running_;
-    const int from = current_thread;
-    self.fibers_[size_t(from)].done = true;
-    if (--self.left_ == 0) {
+  FASTCELL_UNOBSERVED static void prepare(Fiber& fiber, void* stack) {
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack;
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Runner::start, 0);
 #if defined(__SANITIZE_THREAD__)
-      __tsan_switch_to_fiber(self.main_fiber_, 0);
+    fiber.sanitizer = __tsan_create_fiber(0);  // (ordered after what was before)
 #endif
-      setcontext(&self.main_);
-    }
-    self.switch_to(&self.fibers_[size_t(from)].context, self.next(from));
   }
 
-  int next(int from) const {
+  FASTCELL_UNOBSERVED static void start() {
+    Runner& self = *running_;
+    self.kernel_.run(self.parameter_);
+    const int from = current_thread;
+    self.fibers_[from].done = true;
+    if (self.last()) {
+      // A block's shared memory ends with it, whoever still wants to write there.
+      std::fill_n(self.block_.shared, self.shared_, char(0xff));
+      self.switch_back();
+    }
+    self.switch_to(&self.fibers_[from].context, self.next(from));
+  }
+
+  // Whether the calling fiber is the last one to end; then all others' work is ordered before.
+  bool last() {
+    const int threads = block_.threads;  // (all that a fiber does is ordered by what is next)
+    return ended_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads;
+  }
+
+  FASTCELL_UNOBSERVED int next(int from) const {
     for (int i = 1; i <= block_.threads; ++i) {
       const int candidate = (from + i) % block_.threads;
-      if (!fibers_[size_t(candidate)].done) return candidate;
+      if (!fibers_[candidate].done) return candidate;
     }
     return from;
   }
 
-  void switch_to(ucontext_t* from, int to) {
+  // No switch orders anything.
+  FASTCELL_UNOBSERVED void switch_to(ucontext_t* from, int to) {
     current_thread = to;
 #if defined(__SANITIZE_THREAD__)
-    // The first switch orders what the launch wrote before what the kernel reads.
-    __tsan_switch_to_fiber(fibers_[size_t(to)].sanitizer,
-                           from == &main_ ? 0 : __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(fibers_[to].sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
-    swapcontext(from, &fibers_[size_t(to)].context);
+    swapcontext(from, &fibers_[to].context);
+  }
+  FASTCELL_UNOBSERVED void switch_back() {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(main_fiber_, __tsan_switch_to_fiber_no_sync);
+#endif
+    setcontext(&main_);
   }
 
   static thread_local Runner* running_;
 
   Block& block_;
+  size_t shared_;
   const EmulatedKernel& kernel_;
   const void* parameter_;
-  std::unique_ptr<char[]> stacks_;
-  std::vector<Fiber> fibers_;
+  std::unique_ptr<Fiber[]> memory_;
+  Fiber* const fibers_;
   ucontext_t main_;
   void* main_fiber_ = nullptr;
-  int left_ = 0;
+  std::atomic<int> ended_{0};
   unsigned turns_ = 0;
 };
 
@@ -149,15 +183,27 @@ struct Shared {
 
 void give_way() { Runner::give_way(); }
 
-void Barrier::wait(int count) {
-  const int before = passed.load(std::memory_order_acquire);
-  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-    arrived.store(0, std::memory_order_relaxed);
-    passed.fetch_add(1, std::memory_order_acq_rel);
+namespace {
+// `passed` is released by the last alone and acquired before the next wait: no thread can learn of
+// what another did after the barrier.
+template <bool orders>
+void wait_for(Barrier& barrier, int count) {
+  constexpr auto release = orders ? std::memory_order_release : std::memory_order_relaxed;
+  constexpr auto acquire = orders ? std::memory_order_acquire : std::memory_order_relaxed;
+  const int before = barrier.passed.load(std::memory_order_relaxed);
+  if (barrier.arrived.fetch_add(1, release) + 1 == count) {
+    barrier.arrived.load(acquire);
+    barrier.arrived.store(0, std::memory_order_relaxed);
+    barrier.passed.fetch_add(1, release);
   } else {
-    while (passed.load(std::memory_order_acquire) == before) emulated::give_way();
+    while (barrier.passed.load(std::memory_order_relaxed) == before) emulated::give_way();
+    barrier.passed.load(acquire);
   }
 }
+}  // namespace
+
+void Barrier::wait(int count) { wait_for<true>(*this, count); }
+void Barrier::meet(int count) { wait_for<false>(*this, count); }
 
 void pretend(const Limits& limits) { pretended = limits; }
 
@@ -204,6 +250,8 @@ void launch(int device, const Launch& launch, const void* parameter) {
     clusters[size_t(i / size)].size = size;
   }
   // Clusters, or blocks of an ordinary launch, by a few threads in turn; of a cooperative one all.
+  std::deque<Runner> runners;
+  for (Block& block : blocks) runners.emplace_back(block, launch.shared, kernel, parameter);
   const int units = total / size;
   const int workers = launch.cooperative ? units : std::min(units, 3);
   std::vector<std::thread> threads;
@@ -211,12 +259,13 @@ void launch(int device, const Launch& launch, const void* parameter) {
     for (int rank = 0; rank < size; ++rank) {
       threads.emplace_back([&, worker, rank] {
         for (int unit = worker; unit < units; unit += workers) {
-          Runner(blocks[size_t(unit * size + rank)], kernel, parameter).run();
+          runners[size_t(unit * size + rank)].run();
         }
       });
     }
   }
   for (std::thread& thread : threads) thread.join();
+  for (const Runner& runner : runners) runner.end();
 }
 
 }  // namespace fastcell::cuda

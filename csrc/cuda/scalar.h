@@ -8,7 +8,7 @@ namespace fastcell::cuda {
 template <class T>
 struct Scalar {
   T v;
-  FASTCELL_INLINE Scalar() = default;
+  Scalar() = default;
   FASTCELL_INLINE explicit Scalar(T x) : v(x) {}
   FASTCELL_INLINE explicit Scalar(int x) : v(T(x)) {}
 

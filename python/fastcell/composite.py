@@ -59,8 +59,12 @@ def _direction(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """One layer in one direction; ``projected[t]`` holds the rows alive at step t (a prefix)."""
+    """One layer in one direction; ``projected[t]`` holds the rows alive at step t (a prefix).
+
+    ``lengths``: instead, all rows are there, and each sample's steps are as many.
+    """
     step = _STEPS[cell]
     steps = len(projected)
     alive = [p.shape[0] for p in projected]
@@ -73,7 +77,11 @@ def _direction(
         if w_hr is not None:
             new = (linear(new[0], w_hr), *new[1:])
         outputs[t] = new[0]
-        if n == state[0].shape[0]:
+        if lengths is not None:
+            runs = (t < lengths)[:, None]
+            outputs[t] = new[0].where(runs, 0)
+            state = tuple(a.where(runs, b) for a, b in zip(new, state, strict=True))
+        elif n == state[0].shape[0]:
             state = new
         else:
             state = tuple(torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True))
@@ -84,9 +92,10 @@ def zero_states(
     config: Config, input: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> list[Tensor]:
     """Initial states for a call without: each (L*D, B, .), of the input's kind."""
-    if batch_sizes is None:
+    if input.dim() == 3:
         batch = input.shape[0 if config.batch_first else 1]
     else:
+        assert batch_sizes is not None
         batch = int(batch_sizes[0])
     spec = CELLS[config.cell]
     count = config.num_layers * (2 if config.bidirectional else 1)
@@ -103,6 +112,8 @@ def sequence(
     masks: Tensor | None,
 ) -> tuple[Tensor, States]:
     """The stack on ``input`` (T, B, I) (``batch_first``: (B, T, I); packed: (rows, I)).
+
+    ``batch_sizes``: of packed input, or of padded input the lengths of its samples.
 
     Returns the output in the input's layout and the final states, each (L*D, B, .).
     """
@@ -132,6 +143,9 @@ def _sequence(
     directions = 2 if config.bidirectional else 1
     width = len(weights) // (num_layers * directions)
     has_projection = width > weights_per_direction(bias, False)
+    lengths = None
+    if batch_sizes is not None and input.dim() == 3:
+        lengths, batch_sizes = batch_sizes, None
     if batch_sizes is None:
         padded = input.transpose(0, 1) if batch_first else input
         steps, batch = padded.shape[0], padded.shape[1]
@@ -158,6 +172,7 @@ def _sequence(
                 b_hh,
                 w[-1] if has_projection else None,
                 reverse=direction == 1,
+                lengths=lengths,
             )
             outputs.append(out)
             finals.append(final)

@@ -20,6 +20,7 @@ __all__ = [
 _SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
+LENGTHS = False  # whether kernels take a padded batch with lengths of its samples
 # How the kernels read input and write output of other dtypes, which they compute in float32.
 _STORAGE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

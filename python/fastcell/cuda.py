@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LENGTHS = True
 ENGINES = ("step", "grid", "cluster")
 
 # The compiled half. Tests put the emulated one in its place.
@@ -146,12 +147,13 @@ def _layer_of(
 def _layer_for(
     config: Config, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> _Layer:
-    if batch_sizes is None:
+    if x.dim() == 3:
         steps, batch = x.shape[:2]
         if config.batch_first:
             steps, batch = batch, steps
         rows = steps * batch
     else:
+        assert batch_sizes is not None
         steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
     return _layer_of(config, x.dtype, weights, steps, batch, rows)
 
@@ -163,12 +165,19 @@ def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: 
 
 
 class _Time:
-    """Which rows there are: of a PackedSequence, where its steps begin and how long samples are."""
+    """Which rows there are: of a PackedSequence, where its steps begin and how long samples are.
 
-    def __init__(self, layer: _Layer, batch_sizes: Tensor | None, device: torch.device) -> None:
-        self.offsets = self.lengths = None
-        self.batch_sizes = batch_sizes
-        if batch_sizes is not None:
+    ``batch_sizes``: of packed input, or of padded input the lengths of its samples.
+    """
+
+    def __init__(
+        self, layer: _Layer, batch_sizes: Tensor | None, device: torch.device, packed: bool
+    ) -> None:
+        self.offsets = self.lengths = self.batch_sizes = None
+        if batch_sizes is not None and not packed:
+            self.lengths = batch_sizes
+        elif batch_sizes is not None:
+            self.batch_sizes = batch_sizes
             offsets = batch_sizes.new_zeros(layer.steps + 1)
             torch.cumsum(batch_sizes, 0, out=offsets[1:])
             self.sample_lengths = layer.steps - torch.searchsorted(
@@ -178,13 +187,24 @@ class _Time:
             self.offsets = offsets.to(device, non_blocking=True)
             self.lengths = self.sample_lengths.to(device, non_blocking=True)
 
+    def existing(self, layer: _Layer, rows: Tensor) -> Tensor:
+        """``rows`` with zeros where a sample has ended, whatever stood there."""
+        if self.lengths is None or self.batch_sizes is not None:
+            return rows
+        alive = torch.arange(layer.steps, device=rows.device)[:, None] < self.lengths
+        return rows.where(alive.view(layer.rows, 1), 0)
+
     def previous(self, layer: _Layer, states: Tensor, first: Tensor, back: bool) -> Tensor:
         """For each row of ``states`` (rows, P) the one a step before; ``first`` (B, P) to begin."""
         if self.batch_sizes is None:
             batch = layer.batch
-            if back:
+            if not back:
+                return torch.cat((first, states[: layer.rows - batch]))
+            if self.lengths is None:
                 return torch.cat((states[batch:], first))
-            return torch.cat((first, states[: layer.rows - batch]))
+            begins = torch.arange(1, layer.steps + 1, device=states.device)[:, None] >= self.lengths
+            after = torch.cat((states[batch:], first)).view(layer.steps, batch, -1)
+            return after.where(~begins[:, :, None], first).view(layer.rows, -1)
         step = torch.repeat_interleave(torch.arange(layer.steps), self.batch_sizes)
         sample = torch.arange(layer.rows) - self.step_offsets[step]
         if back:
@@ -407,7 +427,8 @@ def forward(
     layer = _layer_for(config, x, weights, batch_sizes)
     device = x.device
     weights = [_dense(w) for w in weights]
-    time = _Time(layer, batch_sizes, device)
+    packed = x.dim() == 2
+    time = _Time(layer, batch_sizes, device, packed)
     real, directions = layer.real, layer.directions
     count, batch = layer.layers * directions, layer.batch
     memory = reserve = None
@@ -420,7 +441,7 @@ def forward(
     else:
         carry = [h.to(real, copy=True, memory_format=torch.contiguous_format) for h in hx]
 
-    rows = _rows_of(x, config, batch_sizes is not None)
+    rows = _rows_of(x, config, packed)
     if layer.rows:
         for index in range(layer.layers):
             if index and masks is not None:
@@ -458,7 +479,7 @@ def forward(
 
     if layer.rows == 0:
         rows = rows.new_empty((0, directions * layer.output))
-    result = _result(layer, config, rows, batch_sizes is not None, keep, output)
+    result = _result(layer, config, rows, packed, keep, output)
     return result, [state.to(x.dtype) for state in carry], memory
 
 
@@ -523,7 +544,7 @@ def backward(
     """
     layer = _layer_for(config, x, weights, batch_sizes)
     device, real, directions = x.device, layer.real, layer.directions
-    packed = batch_sizes is not None
+    packed = x.dim() == 2
     hx = () if hx is None else [_dense(h) for h in hx]
     weights = [_dense(w) for w in weights]
     wanted = iter(needs)
@@ -546,9 +567,9 @@ def backward(
         ]
     else:
         kept = Reserve(layer, reserve)
-        time = _Time(layer, batch_sizes, device)
+        time = _Time(layer, batch_sizes, device, packed)
         d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
-        input_rows = _rows_of(x, config, packed)
+        input_rows = time.existing(layer, _rows_of(x, config, packed))
         for index in reversed(range(layer.layers)):
             below = input_rows if index == 0 else kept.outputs[index - 1]
             if index and masks is not None:
@@ -642,7 +663,7 @@ def _layer_backward(
             cell_output = kept.cell_output[at]
             assert d_output is not None
             assert cell_output is not None
-            found[-1] = d_output.t() @ cell_output
+            found[-1] = d_output.t() @ time.existing(layer, cell_output)
         for k in range(each):
             if need[k]:
                 d_weights[at * each + k] = found[k]

@@ -1,6 +1,7 @@
 """Which engine runs a call: by the device of its input.
 
-An engine is a module with ``forward``, ``backward``, ``new_reserve`` and ``DTYPES``.
+An engine is a module with ``forward``, ``backward``, ``new_reserve``, ``DTYPES`` and
+``LENGTHS`` (whether it takes a padded batch with the lengths of its samples).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .cells import CELLS, weights_per_direction
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
+from .ragged import check_lengths, run_ragged
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -76,6 +77,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[In, Tensor]:
     """An Elman network, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in layers.
@@ -93,6 +95,9 @@ def rnn(
         nonlinearity: ``"tanh"`` or ``"relu"``.
         dropout: probability with which an element between two layers is zeroed, if ``training``.
         batch_sizes: int64 CPU tensor (T,): how many sequences are alive at each step.
+        lengths: (B,) integers, the steps of each sample of a padded batch, in any order; behind
+            them the output is zero and the states stay. On a GPU they may be there, and are not
+            waited for; values above T then count as T.
         recompute: training with O(sqrt(T)) memory, as in :class:`fastcell.RNN`.
 
     Returns:
@@ -109,7 +114,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
         "rnn_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
     )  # fmt: skip
     return output, states[0]
 
@@ -126,6 +131,7 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[In, tuple[Tensor, Tensor]]:
     """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
@@ -141,8 +147,8 @@ def lstm(
             layer (4*H, D*P)), ``weight_hh`` (4*H, P), with ``bias`` also ``bias_ih`` (4*H,) and
             ``bias_hh`` (4*H,), and for a projection ``weight_hr`` (P, H). Their number tells
             whether there is a projection.
-        bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, recompute: as
-            for :func:`rnn`.
+        bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
+            recompute: as for :func:`rnn`.
 
     Returns:
         The output in the input's layout, (T, B, D*P), and (h_n, c_n), shaped as ``hx``.
@@ -155,7 +161,7 @@ def lstm(
     """
     output, states = _run(
         "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
     )  # fmt: skip
     return output, (states[0], states[1])
 
@@ -172,6 +178,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[In, Tensor]:
     """Gated recurrent units in layers, gates in the order r, z, n, reset after the product.
@@ -183,7 +190,7 @@ def gru(
     """
     output, states = _run(
         "gru", input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
     )  # fmt: skip
     return output, states[0]
 
@@ -209,6 +216,7 @@ def _run(
     bidirectional: bool,
     training: bool,
     recompute: bool,
+    lengths: Tensor | None,
 ) -> tuple[In, States]:
     """A public function's call: the sizes are read off the weights of the first layer."""
     spec = CELLS[cell]
@@ -239,8 +247,10 @@ def _run(
         _refuse(stack, w_ih.dtype, input, states or (), batch_sizes)
 
     if batch_sizes is None:
-        output, states = run_stack(stack, cell, input, states, weights, refuse)
+        output, states = run_stack(stack, cell, input, states, weights, refuse, lengths=lengths)
         return cast(In, output), states
+    if lengths is not None:
+        raise ValueError("lengths go with a padded batch: batch_sizes say how long samples are")
     if isinstance(input, PackedSequence):
         raise ValueError("batch_sizes goes with the rows of a PackedSequence, not with the whole")
     packed = PackedSequence(input, batch_sizes)
@@ -290,6 +300,7 @@ def run_stack(
     weights: Sequence[Tensor],
     refuse: Refuse,
     launch: Launch | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Sequences, States]:
     """Run a stack on any form of input; the final states have the form of ``states``.
 
@@ -297,6 +308,8 @@ def run_stack(
     finds the words for a wrong size or dtype of the input or a wrong size of the states. With
     ``launch`` that is what runs, and refuses all but sizes itself; ``weights`` are not looked at.
     """
+    if lengths is not None:
+        return _run_lengths(layer, cell, input, states, weights, refuse, lengths)
     if isinstance(input, PackedSequence):
         return _run_packed(layer, cell, input, states, weights, refuse, launch)
     rank = input.dim()
@@ -375,10 +388,82 @@ def _run_packed(
     return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
 
 
+def _run_lengths(
+    layer: Stack,
+    cell: str,
+    input: Sequences,
+    states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
+    lengths: Tensor,
+) -> tuple[Tensor, States]:
+    if isinstance(input, PackedSequence) or input.dim() != 3:
+        got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
+        raise ValueError(f"lengths go with a padded batch of 3 dimensions, got {got}")
+    if states is not None and any([state.dim() != 3 for state in states]):
+        _refuse_rank("batched 3-D", 3, states)
+    steps, batch, _ = input.shape
+    if layer.batch_first:
+        steps, batch = batch, steps
+    check_lengths(lengths, batch, steps)
+    if not lengths.is_cpu:
+        if lengths.device != input.device:
+            raise RuntimeError(
+                f"lengths must be on the CPU or the input's device, got {lengths.device} and "
+                f"{input.device}"
+            )
+        return _launch(
+            layer, cell, input, states, weights, lengths.long(), steps, batch, refuse, None
+        )
+    if bool((lengths == steps).all()):
+        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, None)
+    if input.shape[-1] != layer.input_size or states is not None:
+        _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse)
+    if states is None:
+        states = _zeros(layer, cell, input, batch)
+    if not lengths.any():
+        directions = 2 if layer.bidirectional else 1
+        width = directions * (layer.proj_size or layer.hidden_size)
+        return input.new_zeros((*input.shape[:2], width)), states
+
+    def run(rows: Tensor, states: States, batch_sizes: Tensor) -> tuple[Tensor, States]:
+        alive = int(batch_sizes[0])
+        count = batch_sizes.shape[0]
+        return _launch(layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, None)
+
+    return run_ragged(input, states, lengths, layer.batch_first, run)
+
+
 def _zeros(layer: Stack, cell: str, input: Tensor, batch: int) -> States:
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: CELLS[cell].states]
     return tuple([input.new_zeros((stacked, batch, size)) for size in sizes])
+
+
+def _refuse_wrong_sizes(
+    layer: Stack,
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    batch: int | None,
+    batch_sizes: Tensor | None,
+    refuse: Refuse,
+    wrong_dtype: bool = False,
+) -> None:
+    """Let ``refuse`` find the words if a size of input or states, or the dtype, is wrong."""
+    wrong_size = input.shape[-1] != layer.input_size
+    if batch_sizes is not None and input.dim() != 2 and batch_sizes.is_cpu:
+        wrong_size = True
+    if states is not None and batch is not None:
+        stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+        if states[0].shape != (stacked, batch, layer.proj_size or layer.hidden_size):
+            wrong_size = True
+        if CELLS[cell].states == 2 and states[1].shape != (stacked, batch, layer.hidden_size):
+            wrong_size = True
+    if wrong_size or wrong_dtype:
+        refuse(input, states, batch_sizes)
+        if wrong_size:  # a subclass can have checks of its own that let anything pass
+            raise RuntimeError("input or initial states are of a wrong size")
 
 
 def _launch(
@@ -401,19 +486,8 @@ def _launch(
     directions = 2 if bidirectional else 1
 
     # Looked at before anything is built: this is all that a right call pays for.
-    wrong_size = input.shape[-1] != layer.input_size
-    if batch_sizes is not None and input.dim() != 2:
-        wrong_size = True
-    if states is not None and batch is not None:
-        stacked = num_layers * directions
-        if states[0].shape != (stacked, batch, proj_size or hidden_size):
-            wrong_size = True
-        if spec.states == 2 and states[1].shape != (stacked, batch, hidden_size):
-            wrong_size = True
-    if wrong_size or (launch is None and input.dtype != weights[0].dtype):
-        refuse(input, states, batch_sizes)
-        if wrong_size:  # a subclass can have checks of its own that let anything pass
-            raise RuntimeError("input or initial states are of a wrong size")
+    wrong_dtype = launch is None and input.dtype != weights[0].dtype
+    _refuse_wrong_sizes(layer, cell, input, states, batch, batch_sizes, refuse, wrong_dtype)
     if launch is not None:
         return launch(cell, input, states, batch_sizes, steps)
 

@@ -71,17 +71,19 @@ class _Layer(Swappable, torch.nn.RNNBase):
         state.pop("_small", None)
         return state
 
-    def _run(self, cell: str, input: Sequences, states: States | None) -> tuple[Sequences, States]:
+    def _run(
+        self, cell: str, input: Sequences, states: States | None, lengths: Tensor | None
+    ) -> tuple[Sequences, States]:
         """A call: as the small one that it may repeat, or with all that a call takes."""
         compiling = torch.compiler.is_compiling()
         small = None if compiling else self.__dict__.get("_small")
-        if small is not None:
+        if small is not None and lengths is None:
             found = small.run(self, input, states)
             if found is not None:
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
-        result = run_stack(self, cell, input, states, weights, self._refuse)
-        if not compiling and not torch.is_grad_enabled():
+        result = run_stack(self, cell, input, states, weights, self._refuse, lengths=lengths)
+        if lengths is None and not compiling and not torch.is_grad_enabled():
             if small is None:
                 small = self.__dict__["_small"] = Small()
             small.note(self, cell, input, weights)
@@ -115,8 +117,10 @@ class RNN(_Layer):
             directions the layers' outputs are kept, and input is not packed. Has no effect under
             torch.compile and torch.func, and with dropout draws other masks than without.
 
-    Call: ``output, h_n = layer(input, h_0=None)``.
+    Call: ``output, h_n = layer(input, h_0=None, *, lengths=None)``.
         input: (T, B, I), (T, I) without a batch, or a PackedSequence.
+        lengths: (B,) integers, the steps of each sample of a padded batch, in any order, on the CPU
+            or the input's device: the result is that of a PackedSequence, padded with zeros.
         h_0, h_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
         output: (T, B, D*H), in the input's layout.
 
@@ -163,11 +167,13 @@ class RNN(_Layer):
             if recompute:
                 self.recompute = True
 
-    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
+    def forward(
+        self, input: Sequences, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Sequences, Tensor]:
         cell = CELL_OF_MODE.get(self.mode)
         if cell not in ("rnn_tanh", "rnn_relu"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        output, states = self._run(cell, input, None if hx is None else (hx,))
+        output, states = self._run(cell, input, None if hx is None else (hx,), lengths)
         return output, states[0]
 
 
@@ -183,8 +189,8 @@ class LSTM(_Layer):
         proj_size: outputs of a step, P < H, as h_t = W_hr (o_t * tanh(c_t)); 0 for no projection
             (then P = H).
 
-    Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None)``.
-        input: (T, B, I), (T, I) without a batch, or a PackedSequence.
+    Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None)``.
+        input, lengths: as for :class:`RNN`.
         h_0, h_n: (L*D, B, P), without a batch (L*D, P); zeros if not given.
         c_0, c_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
         output: (T, B, D*P), in the input's layout.
@@ -240,9 +246,13 @@ class LSTM(_Layer):
             self.check_forward_args(input, states, batch_sizes)
 
     def forward(
-        self, input: Sequences, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Sequences,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
     ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, (h, c) = self._run("lstm", input, None if hx is None else two_states(hx))
+        output, (h, c) = self._run("lstm", input, None if hx is None else two_states(hx), lengths)
         return output, (h, c)
 
 
@@ -255,7 +265,7 @@ class GRU(_Layer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype, recompute: as for :class:`RNN`.
 
-    Call: ``output, h_n = layer(input, h_0=None)``, shapes as for :class:`RNN`.
+    Call: ``output, h_n = layer(input, h_0=None, *, lengths=None)``, shapes as for :class:`RNN`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as torch.nn.GRU, with the same messages.
@@ -288,8 +298,10 @@ class GRU(_Layer):
             if recompute:
                 self.recompute = True
 
-    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
-        output, states = self._run("gru", input, None if hx is None else (hx,))
+    def forward(
+        self, input: Sequences, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Sequences, Tensor]:
+        output, states = self._run("gru", input, None if hx is None else (hx,), lengths)
         return output, states[0]
 
 

@@ -16,7 +16,7 @@ from .plan import Config, plan_for
 
 def _extent(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
     """(steps, batch, rows)."""
-    if batch_sizes is None:
+    if batch_sizes is None or x.dim() == 3:
         steps, batch, _ = x.shape
         if batch_first:
             steps, batch = batch, steps
@@ -44,12 +44,15 @@ def check(
     _check_alike(x, hx, "initial state")
     _check_alike(x, () if masks is None else (masks,), "dropout mask")
     packed = batch_sizes is not None
+    if batch_sizes is not None and x.dim() == 3:
+        _check_lengths(x, batch_sizes, config.batch_first)
+        packed = False
     if x.dim() != (2 if packed else 3):
         raise RuntimeError(
             f"fastcell takes {'packed (rows, I)' if packed else '3-dimensional'} input, "
             f"got shape {tuple(x.shape)}"
         )
-    if batch_sizes is not None:
+    if batch_sizes is not None and packed:
         _check_batch_sizes(batch_sizes, x.shape[0])
     plan = plan_for(config, x, weights)
     steps, batch, rows = _extent(x, batch_sizes, config.batch_first)
@@ -132,6 +135,22 @@ def check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
                 f"weights for products of {products} are {matrices[0]} matrices and float32 "
                 f"vectors on cpu, got {w.dtype} of shape {tuple(w.shape)} on {w.device}"
             )
+
+
+def _check_lengths(x: Tensor, lengths: Tensor, batch_first: bool) -> None:
+    batch = x.shape[0 if batch_first else 1]
+    if not engine_of(x).LENGTHS:
+        raise RuntimeError("fastcell's CPU kernels take packed (rows, I) input with batch_sizes")
+    if (
+        lengths.dtype is not torch.int64
+        or lengths.shape != (batch,)
+        or lengths.device != x.device
+        or not lengths.is_contiguous()
+    ):
+        raise RuntimeError(
+            f"lengths of a padded batch must be contiguous int64 of shape ({batch},) on "
+            f"{x.device}, got {lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}"
+        )
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

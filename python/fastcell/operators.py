@@ -128,7 +128,7 @@ def _(
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     plan = plan_for_symbolic(config, input, weights)
-    if batch_sizes is not None:
+    if input.dim() == 2:
         rows = input.shape[0]
         output = input.new_empty((rows, plan.width))
     else:
@@ -140,7 +140,7 @@ def _(
             output = input.new_empty((second, first, plan.width)).transpose(0, 1)
     if hx:
         states = [h.new_empty(h.shape) for h in hx]
-    elif batch_sizes is None:
+    elif input.dim() == 3:
         batch: int | torch.SymInt = input.shape[0 if batch_first else 1]
         states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
     else:

@@ -1,0 +1,66 @@
+"""Padded batches whose samples end at lengths of their own.
+
+Lengths on the CPU: the rows that exist are picked out, run as packed ones, and put back. Lengths on
+a GPU stay there: the kernels read them, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+# (rows that exist, states of the samples that have some, batch_sizes) -> (output rows, states)
+RunPacked = Callable[[Tensor, States, Tensor], tuple[Tensor, States]]
+
+
+def check_lengths(lengths: Tensor, batch: int, steps: int) -> None:
+    """Refuse what no lengths of a (steps, batch) input can be.
+
+    Values on a GPU are not looked at: one above ``steps`` counts as ``steps`` there.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: not one per sample, or (on the CPU) a value below 0 or above ``steps``.
+    """
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of integers, got {got}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+    if lengths.is_cpu and batch and not torch.compiler.is_compiling():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths must be from 0 to {steps} steps, got {low} to {high}")
+
+
+def run_ragged(
+    input: Tensor, states: Sequence[Tensor], lengths: Tensor, batch_first: bool, run: RunPacked
+) -> tuple[Tensor, States]:
+    """A padded batch by way of its packed rows; output is zero behind each sample's end.
+
+    ``states``: (L*D, B, .) each, which a sample without steps keeps.
+    """
+    first, second, features = input.shape
+    steps, batch = (second, first) if batch_first else (first, second)
+    ordered, order = torch.sort(lengths.long(), descending=True, stable=True)
+    some = int((ordered > 0).sum())
+    order, ordered = order[:some], ordered[:some]
+    step, rank = (torch.arange(steps)[:, None] < ordered).nonzero(as_tuple=True)
+    batch_sizes = (torch.arange(steps)[:, None] < ordered).sum(1)
+    batch_sizes = batch_sizes[batch_sizes > 0]
+    sample = order[rank]
+    rows = sample * steps + step if batch_first else step * batch + sample
+    rows, order = rows.to(input.device), order.to(input.device)
+    flat = input.reshape(first * second, features)
+    output, finals = run(
+        flat.index_select(0, rows),
+        tuple([state.index_select(1, order) for state in states]),
+        batch_sizes,
+    )
+    padded = output.new_zeros((first * second, output.shape[-1])).index_copy(0, rows, output)
+    return padded.view(first, second, -1), tuple(
+        [s.to(f.dtype).index_copy(1, order, f) for s, f in zip(states, finals, strict=True)]
+    )

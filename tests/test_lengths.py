@@ -1,0 +1,106 @@
+"""Padded batches with ``lengths=``: the result of a PackedSequence, padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastcell
+from support import CELLS, Case, Problem, assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def cases(**options) -> list[Case]:
+    return [
+        Case(c, torch.float64, 2, True, form="ragged", T=6, B=7, I=4, H=9, **options) for c in CELLS
+    ]
+
+
+def run(problem: Problem, layer: torch.nn.RNNBase, dtype: torch.dtype = torch.int64) -> dict:
+    """As Problem.run, with lengths and garbage in the padding in place of packing."""
+    inputs = problem.inputs()
+    lengths = torch.from_numpy(problem.lengths).to(dtype)
+    alive = (torch.arange(problem.case.T)[:, None] < lengths)[:, :, None]
+    alive = alive.transpose(0, 1) if problem.case.batch_first else alive
+    inputs["x"] = inputs["x"].detach().where(alive, torch.nan).requires_grad_()
+    states = [inputs[f"{n}0"] for n in problem.case.state_names if f"{n}0" in inputs]
+    hx = None if not states else tuple(states) if problem.case.cell == "lstm" else states[0]
+    output, final = layer(inputs["x"], hx, lengths=lengths)
+    finals = final if problem.case.cell == "lstm" else (final,)
+    values = {"output": output, **dict(zip(problem.case.state_names, finals, strict=True))}
+    torch.autograd.backward(list(values.values()), problem.gradients_in())
+    leaves = inputs | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    return {name: value.detach() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("case", [*cases(), *cases(hx=False)], ids=str)
+def test_has_the_bits_of_a_packed_sequence(case, batch_first):
+    problem = Problem(case._replace(batch_first=batch_first))
+    ours = run(problem, problem.layer(fastcell), torch.int32)
+    assert_same_bits(ours, problem.run(problem.layer(fastcell)))
+    problem.assert_close(ours, problem.truth())
+
+
+def test_samples_without_steps_keep_their_state():
+    layer = fastcell.LSTM(3, 4)
+    x, h, c = torch.randn(5, 3, 3), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    output, (h_n, c_n) = layer(x, (h, c), lengths=torch.tensor([0, 5, 2]))
+    alone, (h_1, c_1) = layer(x[:, 1:2], (h[:, 1:2], c[:, 1:2]))
+    assert torch.equal(output[:, 1:2], alone)
+    assert torch.equal(h_n[:, 1:2], h_1)
+    assert torch.equal(c_n[:, 1:2], c_1)
+    assert not output[:, 0].any()
+    assert not output[2:, 2].any()
+    assert torch.equal(h_n[:, 0], h[:, 0])
+    assert torch.equal(c_n[:, 0], c[:, 0])
+    output, (h_n, _) = layer(x, (h, c), lengths=torch.zeros(3, dtype=torch.int64))
+    assert not output.any()
+    assert torch.equal(h_n, h)
+
+
+def test_full_lengths_are_a_plain_batch():
+    layer = fastcell.GRU(3, 4, bidirectional=True)
+    x = torch.randn(5, 3, 3)
+    assert torch.equal(layer(x, lengths=torch.full((3,), 5))[0], layer(x)[0])
+
+
+def test_the_functional_form():
+    layer = fastcell.RNN(3, 4)
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([3, 4])
+    output, h = layer(x, lengths=lengths)
+    again, same = fastcell.functional.rnn(x, None, list(layer.parameters()), lengths=lengths)
+    assert torch.equal(output, again)
+    assert torch.equal(h, same)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        ([1, 2], TypeError, "tensor of integers, got list"),
+        (torch.tensor([1.0, 2.0]), TypeError, "tensor of integers, got torch.float32"),
+        (torch.tensor([1, 2, 3]), ValueError, r"shape \(2,\), got \(3,\)"),
+        (torch.tensor([[1, 2]]), ValueError, r"shape \(2,\), got \(1, 2\)"),
+        (torch.tensor([1, 6]), ValueError, "from 0 to 5 steps, got 1 to 6"),
+        (torch.tensor([-1, 2]), ValueError, "from 0 to 5 steps, got -1 to 2"),
+    ],
+)
+def test_wrong_lengths_are_refused(lengths, error, words):
+    layer = fastcell.GRU(3, 4)
+    with pytest.raises(error, match=words):
+        layer(torch.randn(5, 2, 3), lengths=lengths)
+
+
+def test_lengths_of_what_is_no_padded_batch_are_refused():
+    layer, lengths = fastcell.GRU(3, 4), torch.tensor([2])
+    with pytest.raises(ValueError, match="padded batch of 3 dimensions, got 2-D input"):
+        layer(torch.randn(5, 3), lengths=lengths)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, 3)])
+    with pytest.raises(ValueError, match="got a PackedSequence"):
+        layer(packed, lengths=lengths)
+    with pytest.raises(RuntimeError, match="hidden"):
+        layer(torch.randn(5, 1, 3), torch.zeros(1, 2, 4), lengths=lengths)
+    with pytest.raises(RuntimeError, match="input.size"):
+        layer(torch.randn(5, 1, 4), lengths=lengths)
