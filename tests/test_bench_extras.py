@@ -231,3 +231,31 @@ def test_variants_of_fastcell(tmp_path, capsys):
     assert "LSTM:60:2:4:5" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         variants.main(["--shape", "LSTM:60"])
+
+
+def test_gpu_table_without_a_gpu(capsys):
+    from fastcell_bench import gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_gpu_table_measures(monkeypatch, capsys):
+    """On the emulated engine, whose times mean nothing."""
+    from emulation_build import emulated
+    from fastcell import cuda, engines
+    from fastcell_bench import gpu
+
+    monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
+    monkeypatch.setattr(cuda, "device_code", emulated())
+    rows = gpu.table(
+        [("GRU", 3, 2, 4, 8)], ["float32", "bfloat16"], ["inference", "training"],
+        torch.device("cpu"), 2, 1e-4,
+    )  # fmt: skip
+    assert len(rows) == 4
+    assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows)
+    assert "of limit" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="not timed"):
+        gpu.assert_alike([torch.ones(2)], [torch.zeros(2)], 1e-3, "a row")

@@ -72,7 +72,7 @@ class Runner {
 
   // Orders what the block's threads did before what the caller does.
   void end() const {
-    if (ended_.load(std::memory_order_acquire) != block_.threads) std::terminate();
+    if (!gone_.load(std::memory_order_acquire)) std::terminate();
   }
 
   FASTCELL_UNOBSERVED static void give_way() {
@@ -108,18 +108,18 @@ class Runner {
     self.kernel_.run(self.parameter_);
     const int from = current_thread;
     self.fibers_[from].done = true;
-    if (self.last()) {
-      // A block's shared memory ends with it, whoever still wants to write there.
-      std::fill_n(self.block_.shared, self.shared_, char(0xff));
-      self.switch_back();
-    }
+    if (self.last()) self.switch_back();
     self.switch_to(&self.fibers_[from].context, self.next(from));
   }
 
-  // Whether the calling fiber is the last one to end; then all others' work is ordered before.
+  // Whether the calling fiber is the block's last. Its shared memory ends with it, whoever still
+  // wants to write there.
   bool last() {
-    const int threads = block_.threads;  // (all that a fiber does is ordered by what is next)
-    return ended_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads;
+    const int threads = block_.threads;  // (nothing of the emulation's after what orders it)
+    if (ended_.fetch_add(1, std::memory_order_acq_rel) + 1 != threads) return false;
+    std::fill_n(block_.shared, shared_, char(0xff));
+    gone_.store(true, std::memory_order_release);
+    return true;
   }
 
   FASTCELL_UNOBSERVED int next(int from) const {
@@ -155,7 +155,8 @@ class Runner {
   Fiber* const fibers_;
   ucontext_t main_;
   void* main_fiber_ = nullptr;
-  std::atomic<int> ended_{0};
+  std::atomic<int> ended_{0};  // threads
+  std::atomic<bool> gone_{false};
   unsigned turns_ = 0;
 };
 

@@ -1,0 +1,187 @@
+"""What only a GPU can show: streams, graphs, memory, autocast, torch.compile, other devices."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import fastcell
+from fastcell import cuda
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not cuda.architectures(), reason="built without CUDA kernels"),
+]
+PLACES = ("step", "grid", "cluster")
+GPU = "cuda"
+
+
+def layer_and_input(**options) -> tuple[fastcell.LSTM, torch.Tensor]:
+    layer = fastcell.LSTM(16, 64, device=GPU, **options)
+    return layer, torch.randn(20, 8, 16, device=GPU)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_current_stream_is_used(place):
+    """Work on a side stream is ordered there, and nothing waits for the host."""
+    layer, x = layer_and_input()
+    with cuda.choose_engine(place), torch.no_grad():
+        expected = layer(x)[0]
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            late = x * 1.0
+            output = layer(late)[0]
+            assert not side.query(), "the call waited for the device"
+        side.synchronize()
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_graph_capture_of_a_training_step(place):
+    layer, x = layer_and_input(bidirectional=True)
+    x.requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def step():
+        output, (h, c) = layer(x)
+        return [output, *torch.autograd.grad(output.sum() + h.sum() + c.sum(), leaves)]
+
+    with cuda.choose_engine(place):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for found, expected in zip(captured, step(), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_device_lengths_do_not_wait_for_the_device():
+    layer, x = layer_and_input()
+    lengths = torch.randint(1, 21, (8,), device=GPU)
+    layer(x, lengths=lengths)[0].sum().backward()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x, lengths=lengths)[0].sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+    expected, (h, _) = layer(packed)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(expected, total_length=20)
+    output, (h_n, _) = layer(x, lengths=lengths)
+    torch.testing.assert_close(output, padded)
+    torch.testing.assert_close(h_n, h)
+
+
+def test_nothing_is_left_behind():
+    layer, x = layer_and_input()
+
+    def step():
+        layer.zero_grad()
+        layer(x)[0].sum().backward()
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(10):
+        step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_call_after_out_of_memory_works():
+    layer, x = layer_and_input()
+    expected = layer(x)[0]
+    free, _ = torch.cuda.mem_get_info()
+    before = torch.cuda.memory_allocated()
+    steps = free // (64 * 4) // 8
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(torch.zeros(1, 1, 16, device=GPU).expand(steps, 8, 16))
+    assert torch.cuda.memory_allocated() == before
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_very_long_sequences(place):
+    layer = fastcell.GRU(4, 32, device=GPU)
+    x = torch.randn(100_001, 2, 4, device=GPU, requires_grad=True)
+    with cuda.choose_engine(place):
+        output, _ = layer(x)
+        output[-1].sum().backward()
+    cpu = fastcell.GRU(4, 32)
+    cpu.load_state_dict(layer.state_dict())
+    tail = cpu(x[-2000:].detach().cpu())[0]
+    torch.testing.assert_close(output[-500:].detach().cpu(), tail[-500:], rtol=1e-4, atol=1e-4)
+    assert x.grad is not None
+    assert x.grad[-1].any()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_gives_the_dtypes_of_torch(kind):
+    x = torch.randn(*([5] if not kind.endswith("Cell") else []), 3, 8, device=GPU)
+    results = []
+    for library in (fastcell, torch.nn):
+        torch.manual_seed(0)
+        layer = getattr(library, kind)(8, 16, device=GPU)
+        with torch.autocast("cuda", torch.bfloat16):
+            results.append(layer(x))
+
+    def flat(value):
+        return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
+
+    for ours, theirs in zip(flat(results[0]), flat(results[1]), strict=True):
+        assert ours.dtype is theirs.dtype
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+def test_torch_compile():
+    layer, x = layer_and_input(num_layers=2)
+    compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x)[0])
+    gradients = [
+        torch.autograd.grad(run(x).sum(), list(layer.parameters()))
+        for run in (compiled, lambda x: layer(x)[0])
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_another_device_than_the_current_one():
+    layer = fastcell.LSTM(16, 64, device="cuda:1")
+    x = torch.randn(20, 8, 16, device="cuda:1")
+    with torch.cuda.device(0):
+        output = layer(x)[0]
+        assert torch.cuda.current_device() == 0
+    assert output.device == torch.device("cuda:1")
+
+
+def test_no_warning_of_torchs_about_weights():
+    layer, x = layer_and_input()
+    layer.weight_hh_l0 = torch.nn.Parameter(layer.weight_hh_l0.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+
+
+def test_backward_in_eval_mode():
+    layer, x = layer_and_input()
+    layer.eval()
+    layer(x)[0].sum().backward()
+    assert layer.weight_ih_l0.grad.any()
