@@ -155,6 +155,19 @@ def test_several_tiles_and_blocks(cell, dtype, place, device):
         problem.assert_close(problem.run(problem.layer(fastcell)), problem.truth())
 
 
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(("place", "H"), [("cluster", 300), ("grid", 120)])
+def test_weights_in_registers_and_shared_memory(place, H, projected, device):
+    """More of k than a warp's registers hold, in both passes."""
+    if device == "cpu":
+        emulated().pretend(multiprocessors=16 if place == "cluster" else 2)
+    batch = 5 if place == "cluster" else 60
+    case = Case("lstm", BF16, projected=projected, T=3, B=batch, I=4, H=H, device=device)
+    problem = Problem(case)
+    with cuda.choose_engine(place):
+        problem.assert_close(problem.run(problem.layer(fastcell)), problem.truth())
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "case", [Case(c, F32, 2, True, T=5, B=9, I=6, H=20) for c in CELLS], ids=str
@@ -409,6 +422,22 @@ def test_explain(device):
         said = fastcell.explain(layer, x)
     assert said.products == "tf32"
     assert said.schedule.startswith("one launch per step")
+
+
+def test_torch_compile_knows_the_shapes(device):
+    """The operators' fake kernels, for what is kept above all: aot_eager runs the real ones."""
+    problem = Problem(Case("lstm", F32, 2, True, T=4, B=3, I=5, H=9, device=device))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    expected = problem.run(layer)
+    torch.compiler.reset()
+    layer.zero_grad()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    output, (h, c) = compiled(inputs["x"], (inputs["h0"], inputs["c0"]))
+    values = {"output": output, "h": h, "c": c}
+    torch.autograd.backward(list(values.values()), problem.gradients_in())
+    leaves = inputs | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    assert_same_bits({n: v.detach() for n, v in values.items()}, expected)
 
 
 # --- plans ----------------------------------------------------------------------------------------

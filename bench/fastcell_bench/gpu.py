@@ -81,7 +81,8 @@ class Clock:
             for _ in range(count):
                 run()
             return (time.perf_counter() - begin) / count
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        first, last = events
         torch.cuda.synchronize(self.device)
         first.record()
         for _ in range(count):

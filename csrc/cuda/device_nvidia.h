@@ -66,9 +66,8 @@ FASTCELL_INLINE int cluster_rank() {
 }
 // What was written before, to the cluster's shared memories too, is seen by all after it.
 FASTCELL_INLINE void cluster_barrier() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  // (Not .aligned: the lanes of a warp may come here one by one.)
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // At the address in the shared memory of block `rank` that `p` is in one's own.
 FASTCELL_INLINE void store16_remote(void* p, int rank, Bytes16 v) {

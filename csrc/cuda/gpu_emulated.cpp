@@ -43,6 +43,25 @@ struct Stacks {
   void* memory;
 };
 
+// The sanitizer's fibers, kept for the next launch: they take half a millisecond to make.
+class SanitizerFibers {
+ public:
+  void* take() {
+#if defined(__SANITIZE_THREAD__)
+    if (left_.empty()) return __tsan_create_fiber(0);
+    void* one = left_.back();
+    left_.pop_back();
+    return one;
+#else
+    return nullptr;
+#endif
+  }
+  void give(void* one) { left_.push_back(one); }
+
+ private:
+  std::vector<void*> left_;
+} sanitizer_fibers;
+
 // The fibers of one block, on one thread of the system. Lives until the launch has ended.
 class Runner {
  public:
@@ -52,7 +71,15 @@ class Runner {
         kernel_(kernel),
         parameter_(parameter),
         memory_(new Fiber[size_t(block.threads)]),
-        fibers_(memory_.get()) {}
+        fibers_(memory_.get()) {
+    for (int i = 0; i < block.threads; ++i) fibers_[i].sanitizer = sanitizer_fibers.take();
+  }
+  Runner(const Runner&) = delete;
+  // After that, all that the block's threads did is ordered before what the caller does.
+  ~Runner() {
+    if (!gone_.load(std::memory_order_acquire)) std::terminate();
+    for (int i = 0; i < block_.threads; ++i) sanitizer_fibers.give(fibers_[i].sanitizer);
+  }
 
   FASTCELL_UNOBSERVED void run() {
     const Stacks stacks(block_.threads);
@@ -64,15 +91,8 @@ class Runner {
     for (int i = 0; i < block_.threads; ++i) {
       prepare(fibers_[i], static_cast<char*>(stacks.memory) + kStackBytes * size_t(i));
     }
+    begin();
     switch_to(&main_, 0);
-#if defined(__SANITIZE_THREAD__)
-    for (int i = 0; i < block_.threads; ++i) __tsan_destroy_fiber(fibers_[i].sanitizer);
-#endif
-  }
-
-  // Orders what the block's threads did before what the caller does.
-  void end() const {
-    if (!gone_.load(std::memory_order_acquire)) std::terminate();
   }
 
   FASTCELL_UNOBSERVED static void give_way() {
@@ -98,19 +118,21 @@ class Runner {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &Runner::start, 0);
-#if defined(__SANITIZE_THREAD__)
-    fiber.sanitizer = __tsan_create_fiber(0);  // (ordered after what was before)
-#endif
   }
 
   FASTCELL_UNOBSERVED static void start() {
     Runner& self = *running_;
+    self.follow();
     self.kernel_.run(self.parameter_);
     const int from = current_thread;
     self.fibers_[from].done = true;
     if (self.last()) self.switch_back();
     self.switch_to(&self.fibers_[from].context, self.next(from));
   }
+
+  // What was before the launch is ordered before what a fiber does.
+  void begin() { begun_.store(true, std::memory_order_release); }
+  void follow() const { begun_.load(std::memory_order_acquire); }
 
   // Whether the calling fiber is the block's last. Its shared memory ends with it, whoever still
   // wants to write there.
@@ -155,6 +177,7 @@ class Runner {
   Fiber* const fibers_;
   ucontext_t main_;
   void* main_fiber_ = nullptr;
+  std::atomic<bool> begun_{false};
   std::atomic<int> ended_{0};  // threads
   std::atomic<bool> gone_{false};
   unsigned turns_ = 0;
@@ -266,7 +289,6 @@ void launch(int device, const Launch& launch, const void* parameter) {
     }
   }
   for (std::thread& thread : threads) thread.join();
-  for (const Runner& runner : runners) runner.end();
 }
 
 }  // namespace fastcell::cuda

@@ -16,7 +16,8 @@ constexpr int kChunkWeights = kGroup * kChunkBytes;  // bytes of a group of colu
 // many as there are here, the rest lies in shared memory. Without tensor cores, whose lanes share
 // what they hold, registers would hold the same numbers many times.
 constexpr FASTCELL_INLINE int held_chunks(bool resident, bool tensor, int groups) {
-  return resident && tensor ? 16 / groups : 0;
+  // (4 registers for a chunk and group; with more than these, kernels spill.)
+  return !resident || !tensor ? 0 : groups == 1 ? 12 : 16 / groups;
 }
 
 struct SharedLayout {
