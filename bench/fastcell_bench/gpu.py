@@ -16,7 +16,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,18 @@ def product_rate(dtype: str, clock: Clock) -> float:
     return _rates[key]
 
 
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """TF32 in products and in cuDNN where it is asked for, and nowhere else."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype == "tf32"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def table(
     shapes: Sequence[Shape],
     dtypes: Sequence[str],
@@ -203,11 +216,8 @@ def table(
         ["cell", "   T", "  B", "   H", "dtype   ", "mode     ", "us/step", "of limit", "torch"]
     )
     print(head)
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        for dtype in dtypes:
-            torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-            torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    for dtype in dtypes:
+        with precision(dtype):
             for mode in modes:
                 for shape in shapes:
                     row = measure(shape, dtype, mode, device, blocks, min_time)
@@ -219,8 +229,6 @@ def table(
                         f"{row['ratio']:5.2f}x  {row['engine']}",
                         flush=True,
                     )
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     return rows
 
 

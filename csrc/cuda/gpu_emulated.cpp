@@ -1,12 +1,12 @@
 // gpu.h on threads of this machine; see device_emulated.h.
 #include <sched.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
-#include <new>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -31,68 +31,76 @@ constexpr size_t kStackBytes = 64 << 10;
 
 Limits pretended{90, 16, 227 << 10, true, 16};
 
-// The fibers' stacks. Mapped anew for every block: the thread sanitizer forgets what was there.
-struct Stacks {
-  explicit Stacks(int count) : bytes(kStackBytes * size_t(count)) {
-    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-  }
-  Stacks(const Stacks&) = delete;
-  ~Stacks() { munmap(memory, bytes); }
-  size_t bytes;
-  void* memory;
+struct Fiber {
+  ucontext_t context;
+  void* sanitizer;
+  bool done;
 };
 
-// The sanitizer's fibers, kept for the next launch: they take half a millisecond to make.
-class SanitizerFibers {
- public:
-  void* take() {
+// Fibers for the threads of one block. They serve one block after another: making them takes the
+// sanitizer half a millisecond each.
+struct Team {
+  explicit Team(int threads)
+      : stacks(new char[kStackBytes * size_t(threads)]), memory(new Fiber[size_t(threads)]) {
 #if defined(__SANITIZE_THREAD__)
-    if (left_.empty()) return __tsan_create_fiber(0);
-    void* one = left_.back();
-    left_.pop_back();
-    return one;
-#else
-    return nullptr;
+    for (int i = 0; i < threads; ++i) memory[size_t(i)].sanitizer = __tsan_create_fiber(0);
 #endif
   }
-  void give(void* one) { left_.push_back(one); }
+  std::unique_ptr<char[]> stacks;
+  std::unique_ptr<Fiber[]> memory;
+};
+
+class Teams {
+ public:
+  std::unique_ptr<Team> take(int threads) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<std::unique_ptr<Team>>& idle = idle_[threads];
+    if (idle.empty()) return std::make_unique<Team>(threads);
+    std::unique_ptr<Team> one = std::move(idle.back());
+    idle.pop_back();
+    return one;
+  }
+  void give(int threads, std::unique_ptr<Team> one) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_[threads].push_back(std::move(one));
+  }
 
  private:
-  std::vector<void*> left_;
-} sanitizer_fibers;
+  std::mutex mutex_;
+  std::map<int, std::vector<std::unique_ptr<Team>>> idle_;
+};
+Teams& teams = *new Teams;  // (for good)
 
-// The fibers of one block, on one thread of the system. Lives until the launch has ended.
+// One block, on one thread of the system. Lives until the launch has ended.
 class Runner {
  public:
   Runner(Block& block, size_t shared, const EmulatedKernel& kernel, const void* parameter)
-      : block_(block),
-        shared_(shared),
-        kernel_(kernel),
-        parameter_(parameter),
-        memory_(new Fiber[size_t(block.threads)]),
-        fibers_(memory_.get()) {
-    for (int i = 0; i < block.threads; ++i) fibers_[i].sanitizer = sanitizer_fibers.take();
-  }
+      : block_(block), shared_(shared), kernel_(kernel), parameter_(parameter) {}
   Runner(const Runner&) = delete;
-  // After that, all that the block's threads did is ordered before what the caller does.
-  ~Runner() {
-    if (!gone_.load(std::memory_order_acquire)) std::terminate();
-    for (int i = 0; i < block_.threads; ++i) sanitizer_fibers.give(fibers_[i].sanitizer);
-  }
 
   FASTCELL_UNOBSERVED void run() {
-    const Stacks stacks(block_.threads);
     running_ = this;
     current_block = &block_;
+    team_ = teams.take(block_.threads);
+    fibers_ = team_->memory.get();
+    for (int i = 0; i < block_.threads; ++i) {
+      prepare(fibers_[i], team_->stacks.get() + kStackBytes * size_t(i));
+    }
 #if defined(__SANITIZE_THREAD__)
     main_fiber_ = __tsan_get_current_fiber();
-#endif
-    for (int i = 0; i < block_.threads; ++i) {
-      prepare(fibers_[i], static_cast<char*>(stacks.memory) + kStackBytes * size_t(i));
-    }
     begin();
     switch_to(&main_, 0);
+#else
+    switch_to(&main_, 0);
+    teams.give(block_.threads, std::move(team_));
+#endif
+  }
+
+  // Orders all that the block's threads did before what the caller does. (Not before that has a team
+  // another block: two blocks of a launch would be the same threads.)
+  void end() {
+    if (!gone_.load(std::memory_order_acquire)) std::terminate();
+    if (team_) teams.give(block_.threads, std::move(team_));
   }
 
   FASTCELL_UNOBSERVED static void give_way() {
@@ -105,12 +113,6 @@ class Runner {
   }
 
  private:
-  struct Fiber {
-    ucontext_t context;
-    bool done;
-    void* sanitizer;
-  };
-
   FASTCELL_UNOBSERVED static void prepare(Fiber& fiber, void* stack) {
     fiber.done = false;
     getcontext(&fiber.context);
@@ -173,8 +175,8 @@ class Runner {
   size_t shared_;
   const EmulatedKernel& kernel_;
   const void* parameter_;
-  std::unique_ptr<Fiber[]> memory_;
-  Fiber* const fibers_;
+  std::unique_ptr<Team> team_;
+  Fiber* fibers_ = nullptr;
   ucontext_t main_;
   void* main_fiber_ = nullptr;
   std::atomic<bool> begun_{false};
@@ -289,6 +291,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
     }
   }
   for (std::thread& thread : threads) thread.join();
+  for (Runner& runner : runners) runner.end();
 }
 
 }  // namespace fastcell::cuda

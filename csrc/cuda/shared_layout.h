@@ -17,7 +17,7 @@ constexpr int kChunkWeights = kGroup * kChunkBytes;  // bytes of a group of colu
 // what they hold, registers would hold the same numbers many times.
 constexpr FASTCELL_INLINE int held_chunks(bool resident, bool tensor, int groups) {
   // (4 registers for a chunk and group; with more than these, kernels spill.)
-  return !resident || !tensor ? 0 : groups == 1 ? 12 : 16 / groups;
+  return !resident || !tensor ? 0 : groups == 1 ? 10 : 16 / groups;
 }
 
 struct SharedLayout {

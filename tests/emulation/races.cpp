@@ -23,6 +23,7 @@ struct Case {
   int hidden, output;  // a projection where they differ
   long long steps, batch;
   bool packed;  // samples of different lengths, as in a PackedSequence
+  int multiprocessors;
 };
 
 int failures = 0, passes = 0;
@@ -291,10 +292,12 @@ std::string differing(const Tensors<E, R>& found, const Tensors<E, R>& expected,
 
 template <class P>
 void test(const Case& sizes, const char* products, double tolerance) {
+  emulated::pretend({90, 2, 227 << 10, true, 16});
   Layer<P> layer(sizes, products);
   const auto forward = layer.forward("step");
   const auto backward = layer.backward("step", forward);
   for (const char* place : {"step", "grid", "cluster"}) {
+    emulated::pretend({90, sizes.multiprocessors, 227 << 10, true, 16});
     if (std::string(place) != "step" && !products_facts(products).persistent) continue;
     const bool again = std::string(place) == "step";
     const std::string names[] = {
@@ -315,11 +318,11 @@ void test(const Case& sizes, const char* products, double tolerance) {
 }  // namespace
 
 int main() {
-  emulated::pretend({90, 16, 227 << 10, true, 16});
+  // More units than a block has at most, more samples than the fewest that one has.
   const Case cases[] = {
-      {"rnn_tanh", 29, 29, 4, 19, false}, {"rnn_relu", 29, 29, 4, 19, true},
-      {"lstm", 21, 21, 4, 19, true},      {"lstm", 21, 13, 4, 19, false},
-      {"gru", 21, 21, 4, 19, false},
+      {"rnn_tanh", 37, 37, 4, 19, false, 8}, {"rnn_relu", 37, 37, 4, 19, true, 4},
+      {"lstm", 37, 37, 4, 19, true, 8},      {"lstm", 37, 21, 4, 19, false, 12},
+      {"gru", 37, 37, 4, 19, true, 6},
   };
   for (const Case& sizes : cases) {
     test<Float64>(sizes, "float64", 0);
