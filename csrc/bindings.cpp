@@ -101,8 +101,10 @@ class BoundStack {
                proj > 0,
                bias,
                layers,
-               directions},
+               directions,
+               0},
         kernels_(kernels_named(cell, stack_)) {
+    stack_.parameters = kernels_.parameters;
     if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");

@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastcell
 from fastcell import reference
 from tolerances import accumulation_length, assert_close, tolerance
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # torch.nn's
+VARIANTS = ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+GATES |= {"lstm_peephole": 4, "lstm_coupled": 3, "lstm_coupled_peephole": 3}
+PEEPHOLES = {"lstm_peephole": 3, "lstm_coupled_peephole": 2}
 
 Values = dict[str, Tensor]
 
@@ -57,6 +61,10 @@ class Case(NamedTuple):
         return "-".join(words)
 
     @property
+    def lstm(self) -> bool:
+        return self.cell.startswith("lstm")
+
+    @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
@@ -74,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def state_names(self) -> list[str]:
-        return ["h", "c"] if self.cell == "lstm" else ["h"]
+        return ["h", "c"] if self.lstm else ["h"]
 
     @property
     def flops(self) -> int:
@@ -107,6 +115,7 @@ class Problem:
                 width = D * P if layer else case.I
                 shapes = [(G * H, width), (G * H, P), *[(G * H,)] * 2 * case.bias]
                 shapes += [(P, H)] * case.projected
+                shapes += [(PEEPHOLES.get(case.cell, 0), H)] * (case.cell in PEEPHOLES)
                 self.weights += [weight(*shape) for shape in shapes]
         count = case.layers * D
         sizes = [P, H][: len(case.state_names)]
@@ -150,8 +159,11 @@ class Problem:
             "dtype": case.dtype,
             "device": case.device,
         }
-        if case.cell == "lstm":
+        if case.lstm:
             options["proj_size"] = case.proj
+            for option in ("peephole", "coupled"):
+                if option in case.cell:
+                    options[option] = True
         elif case.cell.startswith("rnn_"):
             options["nonlinearity"] = case.cell.removeprefix("rnn_")
         name = case.cell.split("_")[0].upper()
@@ -186,7 +198,7 @@ class Problem:
         """The layer's output (of a PackedSequence: padded again) and final states."""
         case, x = self.case, inputs["x"]
         states = [inputs[f"{name}0"] for name in case.state_names if f"{name}0" in inputs]
-        hx = None if not states else tuple(states) if case.cell == "lstm" else states[0]
+        hx = None if not states else tuple(states) if case.lstm else states[0]
         if self.lengths is not None:
             x = torch.nn.utils.rnn.pack_padded_sequence(
                 x,
@@ -201,7 +213,7 @@ class Problem:
             output, _ = torch.nn.utils.rnn.pad_packed_sequence(
                 output, batch_first=case.batch_first, total_length=case.T
             )
-        finals = final if case.cell == "lstm" else (final,)
+        finals = final if case.lstm else (final,)
         return {"output": output, **dict(zip(case.state_names, finals, strict=True))}
 
     def run(self, layer: torch.nn.RNNBase) -> Values:
@@ -244,7 +256,7 @@ class Problem:
             for name, grad in zip(case.state_names, grads.states, strict=True):
                 values[f"gradient of {name}0"] = wide.to_caller(grad, state=True)
         for (name, _), grad in zip(
-            self.layer(torch.nn).named_parameters(), grads.weights, strict=True
+            self.layer(fastcell).named_parameters(), grads.weights, strict=True
         ):
             values[f"gradient of {name}"] = torch.from_numpy(grad)
         return values

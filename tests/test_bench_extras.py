@@ -259,3 +259,17 @@ def test_gpu_table_measures(monkeypatch, capsys):
     assert "of limit" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="not timed"):
         gpu.assert_alike([torch.ones(2)], [torch.zeros(2)], 1e-3, "a row")
+
+
+def test_cells_of_the_lstm(tmp_path, capsys):
+    from fastcell_bench import variants
+
+    out = tmp_path / "cells.json"
+    arguments = ["--mode", "cells", "--shape", "LSTM:3:2:4:5", "--shape", "GRU:3:2:4:5"]
+    assert (
+        variants.main([*arguments, "--blocks", "1", "--min-time", "0.001", "--json", str(out)]) == 0
+    )
+    (row,) = json.loads(out.read_text())["cells"]
+    assert row["training"].keys() == {"peephole", "coupled", "both"}
+    assert all(v["over loop"] > 0 for v in row["inference"].values())
+    assert "LSTM:3:2:4:5 training" in capsys.readouterr().out

@@ -13,9 +13,10 @@ struct Gru {
   static constexpr int states = 1;
   static constexpr int saved = 4;       // r, z, n and n's recurrent term
   static constexpr bool direct = true;  // z h_{t-1}
+  static constexpr int parameters = 0;
 
   // a: r, z, n's input term, n's recurrent term.
-  static FASTCELL_INLINE void forward(const V* a, V* state, V* saved_gates) {
+  static FASTCELL_INLINE void forward(const V* a, const V*, V* state, V* saved_gates) {
     const V r = sigmoid(a[0]);
     const V z = sigmoid(a[1]);
     const V n = tanh(fma(r, a[3], a[2]));
@@ -26,8 +27,8 @@ struct Gru {
     saved_gates[3] = a[3];
   }
 
-  static FASTCELL_INLINE void backward(const V* saved_gates, const V* before, const V*, V* d_state,
-                                       V* d_a) {
+  static FASTCELL_INLINE void backward(const V* saved_gates, const V*, const V* before, const V*,
+                                       V* d_state, V* d_a) {
     const V r = saved_gates[0], z = saved_gates[1], n = saved_gates[2], recurrent = saved_gates[3];
     const V d_h = d_state[0];
     const V d_n = d_h * (V(1) - z) * (V(1) - n * n);

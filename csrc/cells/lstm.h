@@ -13,8 +13,9 @@ struct Lstm {
   static constexpr int states = 2;
   static constexpr int saved = 4;  // i, f, g, o; c_t is kept as a state
   static constexpr bool direct = false;
+  static constexpr int parameters = 0;
 
-  static FASTCELL_INLINE void forward(const V* a, V* state, V* saved_gates) {
+  static FASTCELL_INLINE void forward(const V* a, const V*, V* state, V* saved_gates) {
     const V i = sigmoid(a[0]);
     const V f = sigmoid(a[1]);
     const V g = tanh(a[2]);
@@ -28,8 +29,8 @@ struct Lstm {
     saved_gates[3] = o;
   }
 
-  static FASTCELL_INLINE void backward(const V* saved_gates, const V* before, const V* after,
-                                       V* d_state, V* d_a) {
+  static FASTCELL_INLINE void backward(const V* saved_gates, const V*, const V* before,
+                                       const V* after, V* d_state, V* d_a) {
     const V i = saved_gates[0], f = saved_gates[1], g = saved_gates[2], o = saved_gates[3];
     const V tanh_c = tanh(after[1]);
     const V d_h = d_state[0];

@@ -36,14 +36,17 @@ struct Stack {
   bool bias;
   int layers;
   int directions;  // 1 or 2
+  int parameters;  // vectors (H) that the cell has besides its matrices and biases
 
   FASTCELL_INLINE int64_t layer_input(int layer) const {
     return layer == 0 ? input : directions * output;
   }
   FASTCELL_INLINE int64_t state_size(int state) const { return state == 0 ? output : hidden; }
-  // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], then for kInt8 what an
-  // integer weight stands for, per row of w_ih, w_hh[, w_hr].
-  FASTCELL_INLINE int scales_at() const { return 2 + (bias ? 2 : 0) + (projected ? 1 : 0); }
+  // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr][, the cell's vectors as
+  // one matrix], then for kInt8 what an integer weight stands for, per row of w_ih, w_hh[, w_hr].
+  FASTCELL_INLINE int projection_at() const { return 2 + (bias ? 2 : 0); }
+  FASTCELL_INLINE int parameters_at() const { return projection_at() + (projected ? 1 : 0); }
+  FASTCELL_INLINE int scales_at() const { return parameters_at() + (parameters > 0 ? 1 : 0); }
   FASTCELL_INLINE int weights_each() const {
     return scales_at() + (products == Products::kInt8 ? 2 + (projected ? 1 : 0) : 0);
   }

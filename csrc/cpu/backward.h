@@ -58,13 +58,14 @@ class Backward {
   using Cell = CellOf<V>;
   static constexpr int G = Cell::gates;
   static constexpr int A = Cell::apart;
+  static constexpr int N = Cell::parameters;
   static constexpr int joined = G - A;
   static constexpr int lanes = V::lanes;
 
   struct Buffers {
     Chunks chunks;
     // Per direction, of two chunks in turn, since a chunk's last step is the next one's later step:
-    T* d_gates[2][2];   // (rows, (G + A) hidden)
+    T* d_gates[2][2];   // (rows, (G + A + N) hidden)
     T* d_output[2][2];  // projected: (rows, output), the gradient of h_t
     T* d_h[2];          // per direction: (B, padded output), carried from step to step
     T* d_c[2];          // per direction: (B, padded hidden)
@@ -89,7 +90,7 @@ class Backward {
       for (int dir = 0; dir < s.directions; ++dir) {
         for (int i = 0; i < 2; ++i) {
           const int64_t kept = i < chunks.count ? chunk_rows : 0;
-          d_gates[dir][i] = arena.take<T>(kept * (G + A) * s.hidden);
+          d_gates[dir][i] = arena.take<T>(kept * (G + A + N) * s.hidden);
           d_output[dir][i] = arena.take<T>(s.projected ? kept * s.output : 0);
         }
         d_h[dir] = arena.take<T>(batch * d_h_stride);
@@ -138,10 +139,11 @@ class Backward {
     T* d_c;
     const T* h_weights;
     const T* r_weights;
+    const T* parameters;  // (N, hidden)
     Panels<T> over_h;  // columns h_{t-1}
     Panels<T> over_m;  // columns m_t, projected only
 
-    static constexpr int64_t width(const Stack& s) { return (G + A) * s.hidden; }
+    static constexpr int64_t width(const Stack& s) { return (G + A + N) * s.hidden; }
     // The rows of step t, in the buffer of its chunk.
     T* of_step(T* const (&chunks)[2], int64_t t, int64_t width) const {
       const int64_t chunk = t / buffers.chunks.steps;
@@ -321,7 +323,7 @@ class Backward {
         const int64_t unit = panels.first_unit(p) + v * lanes;
         const int valid = s.hidden - unit < lanes ? int(s.hidden - unit) : lanes;
         V keep[Cell::saved + 1], before[Cell::states], after[Cell::states], d_state[Cell::states],
-            d_a[G + A];
+            p_unit[N + 1], d_a[G + A + N];
         for (int i = 0; i < Cell::saved; ++i) {
           keep[i] = load_first(saved + (r * Cell::saved + i) * s.hidden + unit, valid);
         }
@@ -337,8 +339,11 @@ class Backward {
           after[1] = load_first(kept_states + r * s.hidden + unit, valid);
           d_state[1] = V::load(d_c + b * buffers.d_c_stride + unit);
         }
-        Cell::backward(keep, before, after, d_state, d_a);
-        for (int g = 0; g < G + A; ++g) {
+        for (int i = 0; i < N; ++i) {
+          p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);
+        }
+        Cell::backward(keep, p_unit, before, after, d_state, d_a);
+        for (int g = 0; g < G + A + N; ++g) {
           store_first(d_gates_now + b * width(s) + g * s.hidden + unit, d_a[g], valid);
         }
         if constexpr (Cell::direct) d_state[0].store(d_h + b * buffers.d_h_stride + unit);
@@ -488,7 +493,7 @@ class Backward {
         }
         if (s.projected) {
           const Panels<T> over_m{1, s.hidden, s.output};
-          const T* w_hr = weight(dir, s.weights_each() - 1);
+          const T* w_hr = weight(dir, s.projection_at());
           pack_rows(
               over_m, [&](int64_t k) { return w_hr + k * s.hidden; }, buffers.r_weights[dir],
               part(over_m.count(), team.index, team.size));
@@ -517,6 +522,7 @@ class Backward {
                   buffers.d_c[dir],
                   buffers.h_weights[dir],
                   buffers.r_weights[dir],
+                  N > 0 ? weight(dir, s.parameters_at()) : nullptr,
                   Panels<T>{1, s.output, G * s.hidden},
                   Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
       for (int i = 0; i < Cell::states; ++i) {
@@ -631,16 +637,17 @@ class Backward {
         const auto m_row = [&](int64_t, int64_t, int64_t r) { return m + r * H; };
         const typename Gradient::template Features<decltype(m_row)> of_m{m_row, H};
         const typename Gradient::Part parts[] = {
-            {0, s.output, d_weight(dir, s.weights_each() - 1), nullptr}};
+            {0, s.output, d_weight(dir, s.projection_at()), nullptr}};
         Gradient::run(d.d_output_of(steps.begin), s.output, time, rows, of_m, of_h, parts, begin,
                       half, buffers.product, team);
       }
-      if (s.bias) bias_gradients(dir, d_gates, rows.end - rows.begin, begin);
+      sum_gradients(dir, d_gates, rows.end - rows.begin, begin);
     }
 
-    void bias_gradients(int dir, const T* d_gates, int64_t rows, bool begin) const {
-      T* const d_b_ih = d_weight(dir, 2);
-      T* const d_b_hh = d_weight(dir, 3);
+    // Of biases and the cell's parameters: sums over the rows.
+    void sum_gradients(int dir, const T* d_gates, int64_t rows, bool begin) const {
+      T* const d_b_ih = s.bias ? d_weight(dir, 2) : nullptr;
+      T* const d_b_hh = s.bias ? d_weight(dir, 3) : nullptr;
       const int64_t width = Direction::width(s), H = s.hidden;
       const auto sum = [&](int64_t column, int64_t count, T* to) {
         const Range mine = part(count, team.index, team.size);
@@ -651,6 +658,10 @@ class Backward {
       if (d_b_hh) {
         sum(0, joined * H, d_b_hh);
         if (A > 0) sum(G * H, A * H, d_b_hh + joined * H);
+      }
+      if constexpr (N > 0) {
+        T* const d_parameters = d_weight(dir, s.parameters_at());
+        if (d_parameters) sum((G + A) * H, N * H, d_parameters);
       }
     }
   };

@@ -12,6 +12,7 @@ struct CellKernels {
   int saved;  // values kept per hidden unit and row for the backward call
   int states;
   int gates;
+  int parameters;
   int lanes;  // of one vector
   int64_t (*packed_bytes)(const Stack&);
   void (*pack)(const Stack&, const void* const* weights, void* packed, const Team&);

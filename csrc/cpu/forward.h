@@ -24,6 +24,7 @@ struct PackedDirection {
   T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
   T *x_scales, *h_scales, *r_scales;  // [block][slot][lane], where the precision has them
+  T* parameters;                      // [block][parameter][lane]
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
       : x{Cell::gates, s.hidden, groups(s.layer_input(layer))},
@@ -38,6 +39,7 @@ struct PackedDirection {
     x_scales = arena.take<T>(scaled * x.padded_units() * Cell::gates);
     h_scales = arena.take<T>(scaled * h.padded_units() * Cell::gates);
     r_scales = arena.take<T>(scaled * r.padded_units());
+    parameters = arena.take<T>(x.padded_units() * Cell::parameters);
   }
 
   static constexpr int64_t groups(int64_t depth) {
@@ -94,9 +96,10 @@ struct Packing {
         const int first = Slots<Cell>::gate_of(0);
         pack(to.x, weights[0], s.layer_input(layer), to.x_weights, first);
         pack(to.h, weights[1], s.output, to.h_weights, 0);
-        if (s.projected) pack(to.r, weights[s.scales_at() - 1], s.hidden, to.r_weights, 0);
+        if (s.projected) pack(to.r, weights[s.projection_at()], s.hidden, to.r_weights, 0);
         if (team.index > 0) continue;
         pack_bias(s, weights, to);
+        if constexpr (Cell::parameters > 0) pack_parameters(s, weights[s.parameters_at()], to);
         if constexpr (Precision::scaled) {
           const void* const* scales = weights + s.scales_at();
           pack_scales(to.x, scales[0], to.x_scales, first);
@@ -116,6 +119,15 @@ struct Packing {
         const int gate = (first_gate + slot) % panels.gates;
         to[(unit / V::lanes * panels.gates + slot) * V::lanes + unit % V::lanes] =
             unit < panels.units ? scales[gate * panels.units + unit] : T(0);
+      }
+    }
+  }
+
+  static void pack_parameters(const Stack& s, const void* from, const Packed& to) {
+    for (int64_t unit = 0; unit < to.x.padded_units(); ++unit) {
+      for (int i = 0; i < Cell::parameters; ++i) {
+        to.parameters[(unit / V::lanes * Cell::parameters + i) * V::lanes + unit % V::lanes] =
+            unit < s.hidden ? static_cast<const T*>(from)[i * s.hidden + unit] : T(0);
       }
     }
   }
@@ -573,6 +585,10 @@ class Forward {
   // `valid` is a constant.
   FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int64_t width,
                               const Rows& rows, const T* h_before, T* h_after) {
+    V p[Cell::parameters + 1];
+    for (int i = 0; i < Cell::parameters; ++i) {
+      p[i] = V::load(w.parameters + unit * Cell::parameters + i * lanes);
+    }
     for (int row = 0; row < rows.n; ++row, from += width) {
       const int64_t b = rows.b + row, r = rows.first + b;
       const bool last = b >= rows.alive_next;
@@ -585,7 +601,7 @@ class Forward {
       T* const c_row = c + b * c_stride + unit;
       state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
       if constexpr (Cell::states > 1) state[1] = V::load(c_row);
-      Cell::forward(a, state, keep);
+      Cell::forward(a, p, state, keep);
 
       if (saved) {
         for (int i = 0; i < Cell::saved; ++i) {

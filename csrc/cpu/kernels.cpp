@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with FASTCELL_ISA naming the set.
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "backward.h"
 #include "engine.h"
@@ -20,6 +21,7 @@ constexpr CellKernels kernels_of(const char* name) {
                       Cell::saved,
                       Cell::states,
                       Cell::gates,
+                      Cell::parameters,
                       Vec<T>::lanes,
                       Packing<T, CellOf, Precision>::bytes,
                       Packing<T, CellOf, Precision>::pack,
@@ -66,6 +68,9 @@ constexpr CellKernels cells_of[] = {
     kernels_of<T, cells::RnnRelu, Precision>("rnn_relu"),
     kernels_of<T, cells::Lstm, Precision>("lstm"),
     kernels_of<T, cells::Gru, Precision>("gru"),
+    kernels_of<T, cells::LstmPeephole, Precision>("lstm_peephole"),
+    kernels_of<T, cells::LstmCoupled, Precision>("lstm_coupled"),
+    kernels_of<T, cells::LstmCoupledPeephole, Precision>("lstm_coupled_peephole"),
 };
 constexpr auto& plain_cells = cells_of<float, Exact<float>>;
 

@@ -25,7 +25,8 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const R* const gates = static_cast<const R*>(side.gates);
   const R* const cells = static_cast<const R*>(side.cells);
   E* const d_gates = static_cast<E*>(side.d_gates);
-  const int d_stride = (kGates + kApart) * p.hidden;
+  constexpr int kColumns = kGates + kApart + C::parameters;
+  const int d_stride = kColumns * p.hidden;
   const auto time = [&](Index s) { return block.direction ? s : p.steps - 1 - s; };
 
   struct Ahead {
@@ -33,6 +34,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   };
   Pair<R> pairs[kPairs];  // h and c: gradients that are on their way
   Ahead ahead[kPairs];
+  V parameters[kPairs][C::parameters + 1];
   const auto look_ahead = [&](Index s) {
     const Index t = time(s);
 #pragma unroll
@@ -73,7 +75,10 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 
   block.begin();
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) pairs[i] = pair_of(block, i);
+  for (int i = 0; i < kPairs; ++i) {
+    pairs[i] = pair_of(block, i);
+    load_parameters(block, pairs[i], C::parameters, parameters[i]);
+  }
   if (p.begin < p.end) look_ahead(p.begin);
 
   bool right = true;
@@ -120,9 +125,9 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         Pair<R>& pair = pairs[i];
         if (!pair.exists) continue;
         const bool alive = t < pair.length;
-        V d_a[kGates + kApart];
+        V d_a[kColumns];
 #pragma unroll
-        for (int g = 0; g < kGates + kApart; ++g) d_a[g] = V(0);
+        for (int g = 0; g < kColumns; ++g) d_a[g] = V(0);
         R sum[1];
         block.gather(pair.row, pair.unit, sum);
         // Steps that a sample does not have hand its gradient on.
@@ -135,14 +140,14 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           const V before[2] = {V(given.h_before), V(given.c_before)};
           const V after[2] = {V(given.h_after), V(given.c_after)};
           V d_state[2] = {V(d_h), V(pair.c)};
-          C::backward(saved, before, after, d_state, d_a);
+          C::backward(saved, parameters[i], before, after, d_state, d_a);
           if (!projected) pair.h = C::direct ? d_state[0].v : R(0);
           pair.c = d_state[1].v;
         }
         if (alive || !p.offsets) {
           E* to = d_gates + row_of(p, t, pair.sample) * d_stride + pair.index;
 #pragma unroll
-          for (int g = 0; g < kGates + kApart; ++g) narrow(d_a[g].v, to[g * p.hidden]);
+          for (int g = 0; g < kColumns; ++g) narrow(d_a[g].v, to[g * p.hidden]);
         }
         E* to = block.to_publish(slot ^ 1, pair.row) +
                 pair.index / kGroup * (kGroup * kGates) + pair.index % kGroup;

@@ -20,11 +20,10 @@ using Pointer = std::uintptr_t;
 void* at(Pointer p) { return reinterpret_cast<void*>(p); }
 
 // The members of Side, in their order; 0 for null.
-constexpr size_t kSidePointers = 14;
+constexpr size_t kSidePointers = 15;
 cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
-  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]),  {at(p[4]), at(p[5])},  at(p[6]),
-          at(p[7]), at(p[8]), {at(p[9]), at(p[10])}, at(p[11]), at(p[12]), at(p[13]),
-          nullptr};
+  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]),    at(p[4]),  {at(p[5]), at(p[6])}, at(p[7]),
+          at(p[8]), at(p[9]), {at(p[10]), at(p[11])}, at(p[12]), at(p[13]), at(p[14]), nullptr};
 }
 
 }  // namespace
@@ -87,9 +86,9 @@ void bind_cuda(py::module_& module) {
       "cuda_cell",
       [](const std::string& name) {
         const cuda::CellFacts& cell = cuda::cell_facts(name);
-        return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved);
+        return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved, cell.parameters);
       },
-      py::arg("name"), "(gates, apart, states, saved) of a cell.");
+      py::arg("name"), "(gates, apart, states, saved, parameters) of a cell.");
   module.def(
       "cuda_limits",
       [](int device) {

@@ -36,6 +36,18 @@ FASTCELL_INLINE Pair<typename Block::R> pair_of(const Block& block, int i) {
   return pair;
 }
 
+// The cell's parameters of a pair's unit.
+template <class Block, class V, int N>
+FASTCELL_INLINE void load_parameters(const Block& block, const Pair<typename Block::R>& pair, int count,
+                                     V (&to)[N]) {
+  const auto* from = static_cast<const typename Block::R*>(block.side.parameters);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to[i] = V(0);
+    if (i < count && pair.exists) to[i] = V(from[i * block.p.hidden + pair.index]);
+  }
+}
+
 template <class Block>
 FASTCELL_INLINE void keep_pair(const Block& block, const Pair<typename Block::R>& pair) {
   using R = typename Block::R;
@@ -69,6 +81,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const auto time = [&](Index s) { return block.direction ? p.steps - 1 - s : s; };
 
   Pair<R> pairs[kPairs];
+  V parameters[kPairs][C::parameters + 1];
   R ahead[kPairs][kGates];
   R apart_bias[kPairs][kApart > 0 ? kApart : 1];
   const auto look_ahead = [&](Index s) {
@@ -87,6 +100,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     pairs[i] = pair_of(block, i);
+    load_parameters(block, pairs[i], C::parameters, parameters[i]);
     for (int k = 0; k < kApart; ++k) {
       const R* bias = static_cast<const R*>(side.apart_bias);
       apart_bias[i][k] =
@@ -123,7 +137,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
               a[g + kApart] = V(sum[g] + apart_bias[i][g - (kGates - kApart)]);
             }
           }
-          C::forward(a, state, saved);
+          C::forward(a, parameters[i], state, saved);
           pair.c = state[1].v;
           const Index row = row_of(p, t, pair.sample);
           if (p.keep) {

@@ -8,7 +8,17 @@ Used when the extension is built (compile.py), and to make the emulated ones' ta
 from __future__ import annotations
 
 PASSES = ("forward", "backward")
-CELLS = {"rnn_tanh": "RnnTanh", "rnn_relu": "RnnRelu", "lstm": "Lstm", "gru": "Gru"}
+CELLS = {
+    "rnn_tanh": "RnnTanh",
+    "rnn_relu": "RnnRelu",
+    "lstm": "Lstm",
+    "gru": "Gru",
+    "lstm_peephole": "LstmPeephole",
+    "lstm_coupled": "LstmCoupled",
+    "lstm_coupled_peephole": "LstmCoupledPeephole",
+}
+# Those with kernels for all steps at once: each more would add megabytes to the extension.
+PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 # How products are named in Python, what multiplies them, and where besides single steps they exist.
 PRODUCTS = {
     "float64": ("Float64", ()),
@@ -35,7 +45,7 @@ def names(capability: int) -> list[str]:
             for products, (_, places) in PRODUCTS.items():
                 if products in ("tf32", "bfloat16") and capability < 80:  # no such tensor cores
                     continue
-                for place in ("Step", *places):
+                for place in ("Step", *(places if cell in PERSISTENT else ())):
                     if place != "Cluster" or capability >= 90:
                         found.append(name(kind, cell, products, place))
     return found

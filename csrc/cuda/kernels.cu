@@ -2,6 +2,7 @@
 // instances.
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "backward.h"
 #include "forward.h"

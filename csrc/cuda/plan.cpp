@@ -5,6 +5,7 @@
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "shared_layout.h"
 
@@ -12,17 +13,20 @@ namespace fastcell::cuda {
 namespace {
 
 template <template <class> class Cell>
-constexpr CellFacts facts(const char* name, const char* type) {
+constexpr CellFacts facts(const char* name, const char* type, bool persistent) {
   using C = Cell<float>;
-  return {name, type, C::gates, C::apart, C::states, C::saved};
+  return {name, type, C::gates, C::apart, C::states, C::saved, C::parameters, persistent};
 }
 
 // As in kernel_names.py.
 constexpr CellFacts kCells[] = {
-    facts<cells::RnnTanh>("rnn_tanh", "RnnTanh"),
-    facts<cells::RnnRelu>("rnn_relu", "RnnRelu"),
-    facts<cells::Lstm>("lstm", "Lstm"),
-    facts<cells::Gru>("gru", "Gru"),
+    facts<cells::RnnTanh>("rnn_tanh", "RnnTanh", true),
+    facts<cells::RnnRelu>("rnn_relu", "RnnRelu", true),
+    facts<cells::Lstm>("lstm", "Lstm", true),
+    facts<cells::Gru>("gru", "Gru", true),
+    facts<cells::LstmPeephole>("lstm_peephole", "LstmPeephole", false),
+    facts<cells::LstmCoupled>("lstm_coupled", "LstmCoupled", false),
+    facts<cells::LstmCoupledPeephole>("lstm_coupled_peephole", "LstmCoupledPeephole", false),
 };
 constexpr ProductsFacts kProductsFacts[] = {
     {"float64", "Float64", 8, 8, false, false, 150, 75},
@@ -150,7 +154,7 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
   bool found = false;
   for (const Place place : {Place::kStep, Place::kGrid, Place::kCluster}) {
     if (!wanted.empty() && wanted != kPlaceNames[int(place)]) continue;
-    if (place != Place::kStep && !plan.products.persistent) continue;
+    if (place != Place::kStep && !(plan.products.persistent && plan.cell.persistent)) continue;
     if (place != Place::kStep && wanted.empty() && sizes.steps == 1) continue;  // nothing to keep
     if (place == Place::kGrid && !limit.cooperative) continue;
     if (place == Place::kCluster && limit.max_cluster == 1) continue;

@@ -11,7 +11,8 @@ namespace fastcell::cuda {
 struct CellFacts {
   const char* name;  // in Python
   const char* type;  // in C++
-  int gates, apart, states, saved;
+  int gates, apart, states, saved, parameters;
+  bool persistent;  // whether there are kernels for all steps at once
 };
 struct ProductsFacts {
   const char* name;

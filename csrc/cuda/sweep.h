@@ -22,6 +22,7 @@ struct Side {
   // R (rows, gate_stride). Forward: the gates' input terms, overwritten by what is saved for the
   // backward pass, if anything is. Backward: what was saved.
   void* gates;
+  const void* parameters;  // R (parameters, H): the cell's own vectors, or null
   const void* apart_bias;  // R (apart * H): biases of the recurrent terms that stay apart, or null
   // What passes from step to step, R: h (B, P) and c (B, H), in the backward pass their gradients.
   void* carry[2];
@@ -31,7 +32,7 @@ struct Side {
   void* cells;               // R (rows, H): c_t, or null (forward: not kept)
   const void* first[2];      // E (B, P) and R (B, H): the states before the first step; backward
   void* cell_output;         // E (rows, H), projection: what it was applied to, or null
-  void* d_gates;             // E (rows, (gates + apart) * H): backward
+  void* d_gates;             // E (rows, (gates + apart + parameters) * H): backward
   void* d_output;            // E (rows, P), projection: h's gradient; backward
   int* flags;                // how often each block has published: [tiles][unit_blocks]
 };

@@ -251,8 +251,8 @@ def cuda_runtime_version() -> int:
 def cuda_report() -> str:
     """What the compiler said of the CUDA kernels, by architecture, as JSON; ``{}`` without CUDA."""
 
-def cuda_cell(name: str) -> tuple[int, int, int, int]:
-    """(gates, apart, states, saved) of a cell: the traits of csrc/cells/README.md."""
+def cuda_cell(name: str) -> tuple[int, int, int, int, int]:
+    """(gates, apart, states, saved, parameters) of a cell: the traits of csrc/cells/README.md."""
 
 def cuda_limits(device: int) -> dict[str, int]:
     """``capability`` (90 for 9.0), ``multiprocessors``, ``shared_per_block`` in bytes,

@@ -7,6 +7,7 @@ A cell's equations live in two places only: ``csrc/cells/<cell>.h`` (the kernels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class CellSpec:
         gates: blocks of ``hidden_size`` rows in ``weight_ih`` and ``weight_hh``.
         states: state tensors carried through time (h, or h and c).
         projection: whether a ``weight_hr`` may follow the cell.
+        parameters: vectors (H) that the cell has besides its matrices and biases, as the rows of
+            one more weight, the last of its layer and direction.
         autocast: whether a whole layer runs in the autocast dtype on a CPU, as torch.nn's does.
         autocast_cell: the same for the single-step module.
     """
@@ -28,6 +31,7 @@ class CellSpec:
     projection: bool
     autocast: bool
     autocast_cell: bool
+    parameters: int = 0
 
 
 CELLS: dict[str, CellSpec] = {
@@ -37,6 +41,9 @@ CELLS: dict[str, CellSpec] = {
         CellSpec("rnn_relu", 1, 1, projection=False, autocast=True, autocast_cell=True),
         CellSpec("lstm", 4, 2, projection=True, autocast=True, autocast_cell=False),
         CellSpec("gru", 3, 1, projection=False, autocast=False, autocast_cell=False),
+        CellSpec("lstm_peephole", 4, 2, True, True, False, parameters=3),
+        CellSpec("lstm_coupled", 3, 2, True, True, False),
+        CellSpec("lstm_coupled_peephole", 3, 2, True, True, False, parameters=2),
     )
 }
 
@@ -45,9 +52,24 @@ CELLS: dict[str, CellSpec] = {
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
-def weights_per_direction(bias: bool, projection: bool, quantized: bool = False) -> int:
-    """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
+def cell_of(layer: Any) -> str:
+    """The name of the cell of a layer, torch.nn's or fastcell's."""
+    cell = CELL_OF_MODE[layer.mode]
+    if cell != "lstm":
+        return cell
+    return lstm_cell(getattr(layer, "peephole", False), getattr(layer, "coupled", False))
+
+
+def lstm_cell(peephole: bool, coupled: bool) -> str:
+    """The name of an LSTM's cell."""
+    return "lstm" + "_coupled" * coupled + "_peephole" * peephole
+
+
+def weights_per_direction(
+    bias: bool, projection: bool, quantized: bool = False, parameters: int = 0
+) -> int:
+    """Weight tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr][, w_peephole].
 
     Quantized ones are followed by the scales of w_ih, w_hh[, w_hr].
     """
-    return 2 + 2 * bias + projection + quantized * (2 + projection)
+    return 2 + 2 * bias + projection + (parameters > 0) + quantized * (2 + projection)

@@ -64,6 +64,7 @@ def check_tensors(
     num_layers: int,
     directions: int,
     bias: bool,
+    parameters: int = 0,
 ) -> None:
     """Refuse tensors that do not belong together.
 
@@ -99,7 +100,7 @@ def check_tensors(
         if w.dtype != dtype:
             mixed = True
 
-    width = weights_per_direction(bias, proj_size > 0)
+    width = weights_per_direction(bias, proj_size > 0, parameters=parameters)
     if len(weights) != width * num_layers * directions:
         raise _explained(
             RuntimeError(
@@ -125,9 +126,13 @@ def check_tensors(
                 weights[k].shape != (rows, features)
                 or weights[k + 1].shape != (rows, out_size)
                 or (bias and (weights[k + 2].shape != (rows,) or weights[k + 3].shape != (rows,)))
-                or (proj_size > 0 and weights[k + width - 1].shape != (out_size, hidden_size))
+                or (proj_size > 0 and weights[k + 2 + 2 * bias].shape != (out_size, hidden_size))
+                or (parameters and weights[k + width - 1].shape != (parameters, hidden_size))
             ):
-                _refuse_shapes(weights[k : k + width], rows, features, out_size, hidden_size, bias)
+                _refuse_shapes(
+                    weights[k : k + width], rows, features, out_size, hidden_size, bias,
+                    proj_size > 0, parameters,
+                )  # fmt: skip
             k += width
         features = out_size * directions
 
@@ -159,12 +164,23 @@ def _refuse_mixed(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]
 
 
 def _refuse_shapes(
-    weights: Sequence[Tensor], rows: int, features: int, out_size: int, hidden_size: int, bias: bool
+    weights: Sequence[Tensor],
+    rows: int,
+    features: int,
+    out_size: int,
+    hidden_size: int,
+    bias: bool,
+    projected: bool,
+    parameters: int,
 ) -> None:
-    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else []), "weight_hr"]
-    shapes = [[rows, features], [rows, out_size], *([[rows], [rows]] if bias else [])]
-    shapes.append([out_size, hidden_size])
-    for name, w, shape in zip(names, weights, shapes, strict=False):
+    shapes = {"weight_ih": [rows, features], "weight_hh": [rows, out_size]}
+    if bias:
+        shapes |= {"bias_ih": [rows], "bias_hh": [rows]}
+    if projected:
+        shapes["weight_hr"] = [out_size, hidden_size]
+    if parameters:
+        shapes["weight_peephole"] = [parameters, hidden_size]
+    for (name, shape), w in zip(shapes.items(), weights, strict=True):
         if list(w.shape) != shape:
             raise RuntimeError(f"Expected {name} of size {shape}, got {list(w.shape)}")
 

@@ -20,21 +20,34 @@ from .plan import Config
 States = tuple[Tensor, ...]
 
 
-def _rnn_tanh(x: Tensor, h: Tensor, state: States) -> States:
+def _rnn_tanh(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     return (torch.tanh(x + h),)
 
 
-def _rnn_relu(x: Tensor, h: Tensor, state: States) -> States:
+def _rnn_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     return (torch.relu(x + h),)
 
 
-def _lstm(x: Tensor, h: Tensor, state: States) -> States:
+def _lstm(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     i, f, g, o = (x + h).chunk(4, -1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _gru(x: Tensor, h: Tensor, state: States) -> States:
+def _lstm_variant(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+    """With peepholes, coupled gates or both: rows of p are i, f (unless coupled), o."""
+    coupled = p is None or p.shape[0] == 2
+    *inner, g, o = (x + h).chunk(3 if coupled else 4, -1)
+    if p is not None:
+        inner = [a + row * state[1] for a, row in zip(inner, p, strict=False)]
+    i = torch.sigmoid(inner[0])
+    f = 1 - i if coupled else torch.sigmoid(inner[1])
+    c = f * state[1] + i * torch.tanh(g)
+    o = torch.sigmoid(o if p is None else o + p[-1] * c)
+    return o * torch.tanh(c), c
+
+
+def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     xr, xz, xn = x.chunk(3, -1)
     hr, hz, hn = h.chunk(3, -1)
     z = torch.sigmoid(xz + hz)
@@ -42,12 +55,16 @@ def _gru(x: Tensor, h: Tensor, state: States) -> States:
     return ((1 - z) * n + z * state[0],)
 
 
-# (input term, recurrent term, previous states) -> new states; each term includes its bias.
-_STEPS: dict[str, Callable[[Tensor, Tensor, States], States]] = {
+# (input term, recurrent term, previous states, the cell's own vectors) -> new states; each term
+# includes its bias.
+_STEPS: dict[str, Callable[[Tensor, Tensor, States, Tensor | None], States]] = {
     "rnn_tanh": _rnn_tanh,
     "rnn_relu": _rnn_relu,
     "lstm": _lstm,
     "gru": _gru,
+    "lstm_peephole": _lstm_variant,
+    "lstm_coupled": _lstm_variant,
+    "lstm_coupled_peephole": _lstm_variant,
 }
 
 
@@ -58,6 +75,7 @@ def _direction(
     w_hh: Tensor,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    parameters: Tensor | None,
     reverse: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
@@ -73,7 +91,7 @@ def _direction(
     for t in reversed(range(steps)) if reverse else range(steps):
         n = alive[t]
         current = tuple(s[:n] for s in state)
-        new = step(projected[t], linear(current[0], w_hh, b_hh), current)
+        new = step(projected[t], linear(current[0], w_hh, b_hh), current, parameters)
         if w_hr is not None:
             new = (linear(new[0], w_hr), *new[1:])
         outputs[t] = new[0]
@@ -142,7 +160,8 @@ def _sequence(
     num_layers, bias, batch_first = config.num_layers, config.bias, config.batch_first
     directions = 2 if config.bidirectional else 1
     width = len(weights) // (num_layers * directions)
-    has_projection = width > weights_per_direction(bias, False)
+    parameters = CELLS[config.cell].parameters
+    has_projection = width > weights_per_direction(bias, False, parameters=parameters)
     lengths = None
     if batch_sizes is not None and input.dim() == 3:
         lengths, batch_sizes = batch_sizes, None
@@ -170,7 +189,8 @@ def _sequence(
                 tuple(h[k] for h in hx),
                 w[1],
                 b_hh,
-                w[-1] if has_projection else None,
+                w[2 + 2 * bias] if has_projection else None,
+                w[-1] if parameters else None,
                 reverse=direction == 1,
                 lengths=lengths,
             )

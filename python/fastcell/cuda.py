@@ -81,6 +81,7 @@ class _Layer:
     apart: int
     states: int
     saved: int
+    parameters: int
     layers: int
     directions: int
     bias: bool
@@ -104,7 +105,7 @@ class _Layer:
 
     @property
     def weights_each(self) -> int:
-        return 2 + 2 * self.bias + self.projected
+        return 2 + 2 * self.bias + self.projected + (self.parameters > 0)
 
 
 class Reserve:
@@ -134,12 +135,13 @@ class Reserve:
 def _layer_of(
     config: Config, dtype: torch.dtype, weights: Sequence[Tensor], steps: int, batch: int, rows: Any
 ) -> _Layer:
-    gates, apart, states, saved = device_code.cuda_cell(config.cell)
+    gates, apart, states, saved, parameters = device_code.cuda_cell(config.cell)
     directions = 2 if config.bidirectional else 1
     each = len(weights) // (config.num_layers * directions)
+    projected = each > 2 + 2 * config.bias + (parameters > 0)
     return _Layer(
-        config.cell, gates, apart, states, saved, config.num_layers, directions, config.bias,
-        int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), each > 2 + 2 * config.bias,
+        config.cell, gates, apart, states, saved, parameters, config.num_layers, directions,
+        config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), projected,
         steps, batch, rows, dtype,
     )  # fmt: skip
 
@@ -335,7 +337,8 @@ class _Sweep:
             main = _by_unit(w_ih_hh[1], layer.gates) if backward else w_hh
             self.weights.append(_pack(main, plan.width, columns, self.products))
             if layer.projected:
-                w_hr = w_ih_hh[-1].t() if backward else w_ih_hh[-1]
+                w_hr = w_ih_hh[2 + 2 * layer.bias]
+                w_hr = w_hr.t() if backward else w_hr
                 packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
@@ -378,7 +381,7 @@ class _Sweep:
 
 
 _SIDE = (
-    "weights", "projection", "gates", "apart_bias", "carry_h", "carry_c", "exchange",
+    "weights", "projection", "gates", "parameters", "apart_bias", "carry_h", "carry_c", "exchange",
     "exchange_projected", "cells", "first_h", "first_c", "cell_output", "d_gates", "d_output",
 )  # fmt: skip
 
@@ -401,6 +404,11 @@ def _biases(layer: _Layer, w: Sequence[Tensor]) -> tuple[Tensor | None, Tensor |
         return b_ih + b_hh, None
     together = (layer.gates - layer.apart) * layer.hidden
     return torch.cat((b_ih[:together] + b_hh[:together], b_ih[together:])), b_hh[together:].clone()
+
+
+def _parameters(layer: _Layer, w: Sequence[Tensor]) -> Tensor | None:
+    """The cell's own vectors, in the dtype of its maths."""
+    return w[-1].to(layer.real) if layer.parameters else None
 
 
 def _by_direction(layer: _Layer, index: int, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -467,6 +475,7 @@ def forward(
                 sides.append(
                     {
                         "gates": gates,
+                        "parameters": _parameters(layer, w),
                         "apart_bias": apart_bias,
                         "carry_h": h,
                         "carry_c": carry[1][at] if layer.states > 1 else None,
@@ -619,13 +628,16 @@ def _layer_backward(
         sides.append(
             {
                 "gates": kept.gates[at],
+                "parameters": _parameters(layer, own[d]),
                 "carry_h": carry[0][at],
                 "carry_c": carry[1][at] if layer.states > 1 else None,
                 "cells": kept.cells[at],
                 "first_h": first[0] if first else None,
                 "first_c": first[1].to(layer.real) if layer.states > 1 and first else None,
                 "cell_output": kept.cell_output[at],
-                "d_gates": below.new_empty((layer.rows, (gates + layer.apart) * hidden)),
+                "d_gates": below.new_empty(
+                    (layer.rows, (gates + layer.apart + layer.parameters) * hidden)
+                ),
                 "d_output": below.new_empty((layer.rows, output)) if layer.projected else None,
             }
         )
@@ -640,6 +652,7 @@ def _layer_backward(
         assert d_gates is not None
         d_in = d_gates[:, : gates * hidden]
         together = (gates - layer.apart) * hidden
+        columns = (gates + layer.apart) * hidden
         found: list[Tensor | None] = [None] * each
         if need_input:
             d_input = d_in @ w[0] if d_input is None else torch.addmm(d_input, d_in, w[0])
@@ -651,19 +664,26 @@ def _layer_backward(
             before = time.previous(layer, h, first_h, back=d == 1)
             if layer.apart:
                 found[1] = torch.cat(
-                    (d_gates[:, :together].t() @ before, d_gates[:, gates * hidden :].t() @ before)
+                    (
+                        d_gates[:, :together].t() @ before,
+                        d_gates[:, gates * hidden : columns].t() @ before,
+                    )
                 )
             else:
-                found[1] = d_gates.t() @ before
-        if layer.bias and (need[2] or need[3]):
+                found[1] = d_in.t() @ before
+        if (layer.bias and (need[2] or need[3])) or (layer.parameters and need[-1]):
             total = d_gates.sum(0)
-            found[2] = total[: gates * hidden].clone()
-            found[3] = torch.cat((total[:together], total[gates * hidden :]))
-        if layer.projected and need[-1]:
+            if layer.bias:
+                found[2] = total[: gates * hidden].clone()
+                found[3] = torch.cat((total[:together], total[gates * hidden : columns]))
+            if layer.parameters:
+                found[-1] = total[columns:].view(layer.parameters, hidden)
+        projection = 2 + 2 * layer.bias
+        if layer.projected and need[projection]:
             cell_output = kept.cell_output[at]
             assert d_output is not None
             assert cell_output is not None
-            found[-1] = d_output.t() @ time.existing(layer, cell_output)
+            found[projection] = d_output.t() @ time.existing(layer, cell_output)
         for k in range(each):
             if need[k]:
                 d_weights[at * each + k] = found[k]

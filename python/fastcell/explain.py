@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .cells import CELLS
+from .cells import CELLS, cell_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN
@@ -216,7 +216,7 @@ def _config(module: torch.nn.Module) -> Config:
         return module.config()
     if isinstance(module, _LAYERS):
         return Config(
-            module.mode.lower(),
+            cell_of(module),
             module.num_layers,
             module.bidirectional,
             module.bias,

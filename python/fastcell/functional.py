@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .cells import CELLS, weights_per_direction
+from .cells import CELLS, lstm_cell, weights_per_direction
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .ragged import check_lengths, run_ragged
 
@@ -133,6 +133,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    peephole: bool = False,
+    coupled: bool = False,
 ) -> tuple[In, tuple[Tensor, Tensor]]:
     """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
 
@@ -146,7 +148,11 @@ def lstm(
         weights: in one flat list, per layer and direction: ``weight_ih`` (4*H, I) (above the first
             layer (4*H, D*P)), ``weight_hh`` (4*H, P), with ``bias`` also ``bias_ih`` (4*H,) and
             ``bias_hh`` (4*H,), and for a projection ``weight_hr`` (P, H). Their number tells
-            whether there is a projection.
+            whether there is a projection. With ``peephole``, last, ``weight_peephole`` (3, H), rows
+            i, f, o. With ``coupled`` there are three gates, i, g, o, in place of four, and two rows
+            of peepholes, i and o.
+        peephole: the gates also see the cell: i and f c_{t-1}, o c_t.
+        coupled: f = 1 - i.
         bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
             recompute: as for :func:`rnn`.
 
@@ -157,10 +163,12 @@ def lstm(
         TypeError, ValueError, RuntimeError: as for :func:`rnn`.
 
     Source: S. Hochreiter and J. Schmidhuber, Neural Computation 9 (1997); F. Gers et al. (2000)
-    for the forget gate; H. Sak et al. (2014) for the projection.
+    for the forget gate; H. Sak et al. (2014) for the projection; F. Gers and J. Schmidhuber (2000)
+    for peepholes; K. Greff et al. (2015) for coupled gates.
     """
     output, states = _run(
-        "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
+        lstm_cell(peephole, coupled), input, None if hx is None else two_states(hx), weights,
+        batch_sizes,
         num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
     )  # fmt: skip
     return output, (states[0], states[1])
@@ -223,8 +231,8 @@ def _run(
     if num_layers < 1:
         raise ValueError("num_layers must be greater than zero")
     stacked = num_layers * (2 if bidirectional else 1)
-    plain = weights_per_direction(bias, False)
-    projected = spec.projection and len(weights) == stacked * weights_per_direction(bias, True)
+    plain = weights_per_direction(bias, False, parameters=spec.parameters)
+    projected = spec.projection and len(weights) == stacked * (plain + 1)
     if len(weights) != stacked * plain and not projected:
         raise RuntimeError(
             f"Expected {plain} weights for each of {stacked} layers and directions, or "
@@ -289,6 +297,9 @@ _TITLES = {
     "rnn_relu": ("RNN", "D tensor"),
     "lstm": ("LSTM", "D"),
     "gru": ("GRU", "D"),
+    "lstm_peephole": ("LSTM", "D"),
+    "lstm_coupled": ("LSTM", "D"),
+    "lstm_coupled_peephole": ("LSTM", "D"),
 }
 
 
@@ -494,6 +505,7 @@ def _launch(
     check_tensors(
         input, states, weights, steps, spec.gates,
         layer.input_size, hidden_size, proj_size, num_layers, directions, layer.bias,
+        spec.parameters,
     )  # fmt: skip
     dropout, training = layer.dropout, layer.training
     if dropout and not 0 <= dropout <= 1 and training and num_layers > 1:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .cells import CELL_OF_MODE
+from .cells import CELL_OF_MODE, CELLS, cell_of
 from .checks import autocast_enabled
 from .functional import Sequences, States, run_stack, two_states
 from .packing import clear_packed_weights
@@ -188,6 +188,10 @@ class LSTM(_Layer):
         hidden_size: memory cells, H.
         proj_size: outputs of a step, P < H, as h_t = W_hr (o_t * tanh(c_t)); 0 for no projection
             (then P = H).
+        peephole: the gates also see the cell, through weights per unit: i and f c_{t-1}, o c_t.
+            The parameters ``weight_peephole_l*`` (3, H) hold the rows i, f, o.
+        coupled: f = 1 - i: forgets only where it writes. There are three gates, i, g, o: the
+            other parameters have 3*H rows, and peepholes two, i and o.
 
     Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None)``.
         input, lengths: as for :class:`RNN`.
@@ -199,7 +203,8 @@ class LSTM(_Layer):
         TypeError, ValueError, RuntimeError: as torch.nn.LSTM, with the same messages.
 
     Source: S. Hochreiter and J. Schmidhuber, Neural Computation 9 (1997); F. Gers et al. (2000)
-    for the forget gate; H. Sak et al. (2014) for the projection.
+    for the forget gate; H. Sak et al. (2014) for the projection; F. Gers and J. Schmidhuber (2000)
+    for peepholes; K. Greff et al. (2015) for coupled gates.
     """
 
     if TYPE_CHECKING:
@@ -218,14 +223,60 @@ class LSTM(_Layer):
             dtype: torch.dtype | None = None,
             *,
             recompute: bool = False,
+            peephole: bool = False,
+            coupled: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        def __init__(
+            self,
+            *args: Any,
+            recompute: bool = False,
+            peephole: bool = False,
+            coupled: bool = False,
+            **kwargs: Any,
+        ) -> None:
             super().__init__("LSTM", *args, **kwargs)
             if recompute:
                 self.recompute = True
+            if peephole or coupled:
+                self.peephole, self.coupled = peephole, coupled
+                self._make_variant()
+
+    # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
+    peephole: bool = False
+    coupled: bool = False
+
+    def _make_variant(self) -> None:
+        """Three gates where two are coupled, and peepholes, in place of torch.nn's parameters."""
+        hidden, spec = self.hidden_size, CELLS[cell_of(self)]
+        names: list[list[str]] = []
+        for own in self._all_weights:
+            old = {name: self._parameters.pop(name) for name in own}
+            shapes = {
+                name: p.shape if "weight_hr" in name else (spec.gates * hidden, *p.shape[1:])
+                for name, p in old.items()
+                if p is not None
+            }
+            if self.peephole:
+                suffix = own[0].removeprefix("weight_ih")
+                shapes[f"weight_peephole{suffix}"] = (spec.parameters, hidden)
+            like = next(iter(old.values()))
+            assert like is not None
+            for name, shape in shapes.items():
+                self.register_parameter(name, torch.nn.Parameter(like.new_empty(shape)))
+            names.append(list(shapes))
+        self._all_weights = names
+        self._flat_weights_names = [name for own in names for name in own]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        text += ", peephole=True" if self.peephole else ""
+        return text + (", coupled=True" if self.coupled else "")
 
     # torch.nn.LSTM's versions of three methods of RNNBase, for a pair of states. Their messages
     # are then those of the torch that is installed.
@@ -252,7 +303,9 @@ class LSTM(_Layer):
         *,
         lengths: Tensor | None = None,
     ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, (h, c) = self._run("lstm", input, None if hx is None else two_states(hx), lengths)
+        output, (h, c) = self._run(
+            cell_of(self), input, None if hx is None else two_states(hx), lengths
+        )
         return output, (h, c)
 
 

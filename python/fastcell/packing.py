@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .cells import CELLS
 from .plan import Config, Plan, plan_for
 
 _MAX_ENTRIES = 256
@@ -101,16 +102,18 @@ def dense(t: Tensor) -> Tensor:
 def pack(config: Config, plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:
     """A packed copy of contiguous weights on the CPU."""
     packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
-    weights = [_as_multiplied(config, w) for w in weights]
+    each = len(weights) // (config.num_layers * (2 if config.bidirectional else 1))
+    vectors = each - 1 if CELLS[config.cell].parameters else each
+    weights = [_as_multiplied(config, w, i % each < vectors) for i, w in enumerate(weights)]
     plan.stack.pack([w.data_ptr() for w in weights], packed.data_ptr(), threads)
     return packed
 
 
-def _as_multiplied(config: Config, weight: Tensor) -> Tensor:
-    """A weight in the dtype that the products take: matrices may be narrow, biases are not."""
+def _as_multiplied(config: Config, weight: Tensor, multiplied: bool) -> Tensor:
+    """A weight in the dtype that the products take: matrices may be narrow, others are not."""
     if weight.dtype is torch.int8 or weight.dtype is torch.float64:
         return weight
-    if config.products == "bfloat16" and weight.dim() == 2:
+    if config.products == "bfloat16" and weight.dim() == 2 and multiplied:
         return weight.to(torch.bfloat16)
     return weight.float()
 

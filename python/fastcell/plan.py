@@ -80,8 +80,8 @@ def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int
     spec = CELLS[config.cell]
     directions = 2 if config.bidirectional else 1
     quantized = config.products == "int8"
-    plain = weights_per_direction(config.bias, False, quantized)
-    projected = weights_per_direction(config.bias, True, quantized)
+    plain = weights_per_direction(config.bias, False, quantized, spec.parameters)
+    projected = weights_per_direction(config.bias, True, quantized, spec.parameters)
     each, rest = divmod(len(shapes), config.num_layers * directions)
     if rest or (each != plain and not (each == projected and spec.projection)):
         raise ValueError(
@@ -109,6 +109,7 @@ def _expected_shapes(
     config: Config, input_size: int, hidden: int, proj: int
 ) -> list[tuple[int, ...]]:
     gates = CELLS[config.cell].gates * hidden
+    parameters = CELLS[config.cell].parameters
     directions = 2 if config.bidirectional else 1
     output = proj or hidden
     shapes: list[tuple[int, ...]] = []
@@ -119,6 +120,8 @@ def _expected_shapes(
             one += [(gates,), (gates,)]
         if proj:
             one += [(output, hidden)]
+        if parameters:
+            one += [(parameters, hidden)]
         if config.products == "int8":
             one += [(gates,), (gates,), *([(output,)] if proj else [])]
         shapes += one * directions

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import cpu, operator_checks, operators
-from .cells import CELL_OF_MODE, CELLS
+from .cells import CELL_OF_MODE, CELLS, cell_of
 from .convert import survey
 from .functional import Sequences, States, refuse_sizes, run_stack, two_states
 from .plan import Config
@@ -226,7 +226,9 @@ class QuantizedLayer(_Quantized):
         self.bidirectional = layer.bidirectional
         self.recompute = False
         self.dtype = dtype
-        self._cell = CELL_OF_MODE[layer.mode]
+        self._cell = cell_of(layer)
+        if self._cell not in CELL_OF_MODE.values():
+            raise ValueError("an LSTM with peepholes or coupled gates cannot be quantized")
         self._groups = []
         # By name: a parametrization computes its weights when asked.
         for names in layer._all_weights:

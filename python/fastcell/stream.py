@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
-from .cells import CELL_OF_MODE
+from .cells import CELL_OF_MODE, cell_of
 from .cpu import DTYPES
 from .operator_checks import check_stored_small
 from .packing import dense, pack
@@ -63,7 +63,7 @@ class Stream:
         threads: int | None = None,
     ) -> None:
         layer = isinstance(module, (torch.nn.RNNBase, QuantizedLayer))
-        cell = CELL_OF_MODE.get(module.mode) if layer else None
+        cell = cell_of(module) if layer and module.mode in CELL_OF_MODE else None
         if cell is None:
             raise TypeError(
                 f"a stream needs an RNN, LSTM or GRU layer, got {type(module).__name__}"

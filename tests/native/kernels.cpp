@@ -64,7 +64,8 @@ Problem make_problem(const Case& c, const CellKernels& cell) {
   const bool projected = c.proj > 0;
   p.stack = {
       DType::kFloat64, Products::kExact, c.input,  c.hidden,    projected ? c.proj : c.hidden,
-      projected,       c.bias,           c.layers, c.directions};
+      projected,       c.bias,           c.layers, c.directions,
+      cell.parameters};
   int64_t rows = c.steps * c.batch;
   if (c.ragged) {
     // Samples end one after the other, some together.
@@ -88,6 +89,7 @@ Problem make_problem(const Case& c, const CellKernels& cell) {
         p.weights.push_back(random_values(gates, size));
       }
       if (projected) p.weights.push_back(random_values(p.stack.output * c.hidden, size));
+      if (cell.parameters) p.weights.push_back(random_values(cell.parameters * c.hidden, size));
     }
   }
   for (int i = 0; i < cell.states; ++i) {
@@ -98,8 +100,10 @@ Problem make_problem(const Case& c, const CellKernels& cell) {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// One unit's step: input terms x[gate], recurrent terms h[gate], both with their biases.
-void step(const std::string& cell, const double* x, const double* h, double& out, double& c) {
+// One unit's step: input terms x[gate], recurrent terms h[gate], both with their biases, and the
+// unit's own parameters p.
+void step(const std::string& cell, const double* x, const double* h, const double* p, double& out,
+          double& c) {
   if (cell == "rnn_tanh") {
     out = std::tanh(x[0] + h[0]);
   } else if (cell == "rnn_relu") {
@@ -107,6 +111,17 @@ void step(const std::string& cell, const double* x, const double* h, double& out
   } else if (cell == "lstm") {
     c = sigmoid(x[1] + h[1]) * c + sigmoid(x[0] + h[0]) * std::tanh(x[2] + h[2]);
     out = sigmoid(x[3] + h[3]) * std::tanh(c);
+  } else if (cell.compare(0, 5, "lstm_") == 0) {
+    const bool coupled = cell.find("coupled") != std::string::npos;
+    const bool peephole = cell.find("peephole") != std::string::npos;
+    const int g = coupled ? 1 : 2, o = g + 1;
+    const auto seen = [&](int gate, int row) {
+      return x[gate] + h[gate] + (peephole ? p[row] * c : 0);
+    };
+    const double i = sigmoid(seen(0, 0));
+    const double f = coupled ? 1 - i : sigmoid(seen(1, 1));
+    c = f * c + i * std::tanh(x[g] + h[g]);
+    out = sigmoid(seen(o, o - 1)) * std::tanh(c);
   } else if (cell == "gru") {
     const double r = sigmoid(x[0] + h[0]), z = sigmoid(x[1] + h[1]);
     out = (1 - z) * std::tanh(x[2] + r * h[2]) + z * out;
@@ -184,13 +199,18 @@ Result plain_forward(const Problem& p, const CellKernels& cell, Seen seen = as_i
             }
             double none = 0;
             next[size_t(unit)] = s.projected ? 0 : h[b * s.output + unit];
-            step(cell.name, x_terms, h_terms, next[size_t(unit)], c ? c[b * H + unit] : none);
+            double own[3] = {};
+            for (int k = 0; k < cell.parameters; ++k) {
+              own[k] = w[s.parameters_at()][size_t(k * H + unit)];
+            }
+            step(cell.name, x_terms, h_terms, own, next[size_t(unit)],
+                 c ? c[b * H + unit] : none);
           }
           const Values m = seen(next.data(), H);
           for (int64_t j = 0; j < s.output; ++j) {
             double value = s.projected ? 0 : next[size_t(j)];
             for (int64_t k = 0; s.projected && k < H; ++k) {
-              value += w[s.scales_at() - 1][size_t(j * H + k)] * m[size_t(k)];
+              value += w[s.projection_at()][size_t(j * H + k)] * m[size_t(k)];
             }
             h[b * s.output + j] = result.y[size_t(row * width + dir * s.output + j)] = value;
           }
@@ -342,7 +362,7 @@ Result run_narrow(const Problem& p, const CellKernels& cell, const Schedule& sch
     std::vector<const void*> scales;
     for (int i = 0; i < each; ++i) {
       const Values& w = p.weights[at + size_t(i)];
-      const bool matrix = i < 2 || (s.projected && i == each - 1);
+      const bool matrix = i < 2 || (s.projected && i == s.projection_at());
       if (!matrix) {
         floats.emplace_back(w);
         pointers.push_back(floats.back().data());
@@ -496,7 +516,7 @@ void run_narrow_case(const Case& c, const Kernels& kernels, int cell, Products p
   const int each = p.stack.weights_each();
   for (size_t i = 0; i < p.weights.size(); ++i) {
     const int which = int(i) % each, layer = int(i) / each / c.directions;
-    if (which >= 2 && !(p.stack.projected && which == each - 1)) continue;
+    if (which >= 2 && !(p.stack.projected && which == p.stack.projection_at())) continue;
     const int64_t columns = which == 0   ? p.stack.layer_input(layer)
                             : which == 1 ? p.stack.output
                                          : p.stack.hidden;
@@ -553,7 +573,7 @@ int main() {
   for (int i = 0; i < kernels->cell_count; ++i) {
     const CellKernels& wide = kernels->cells[int(DType::kFloat64)][0][i];
     const CellKernels& narrow = kernels->cells[int(DType::kFloat32)][0][i];
-    const bool lstm = !std::strcmp(wide.name, "lstm");
+    const bool lstm = !std::strncmp(wide.name, "lstm", 4);
     const Case cases[] = {
         {wide.name, 1, 7, 19, 38, 0, 1, 1, true, false, {1, 1, 1}},
         {wide.name, 1, 1, 1, 1, 0, 1, 1, true, false, {1, 1, 1}},

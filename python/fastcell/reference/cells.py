@@ -53,6 +53,7 @@ class Cell(ABC):
     name: ClassVar[str]
     gates: ClassVar[int]  # G: blocks of H rows in weight_ih and weight_hh
     projects: ClassVar[bool] = False  # whether it accepts weight_hr
+    peepholes: ClassVar[int] = 0  # rows of weight_peephole
 
     def state_sizes(self, sizes: Sizes) -> tuple[int, ...]:
         """Width of each recurrent state. The first state is h, which is also the output."""
@@ -69,6 +70,8 @@ class Cell(ABC):
             shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
         if sizes.projection:
             shapes["weight_hr"] = (sizes.projection, sizes.hidden)
+        if self.peepholes:
+            shapes["weight_peephole"] = (self.peepholes, sizes.hidden)
         return shapes
 
     @abstractmethod
@@ -308,4 +311,87 @@ class GRU(Cell):
         return linear_gradients(factors["u"], factors["h_prev"], w, "hh")
 
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (ElmanTanh(), ElmanRelu(), LSTM(), GRU())}
+class LSTMVariant(LSTM):
+    """``LSTM`` with peepholes p (a row per gate), with coupled gates, or both. As there, but
+
+        peephole   a_i += p_i * c'    a_f += p_f * c'    a_o += p_o * c
+                   dc += da_o * p_o   dc' += da_i * p_i + da_f * p_f
+                   dp_i = Σ da_i * c'    dp_f = Σ da_f * c'    dp_o = Σ da_o * c
+        coupled    f = 1 - i, gates in the order i, g, o:    di = dc * (g - c')
+
+    Sources: Gers and Schmidhuber, "Recurrent nets that time and count", IJCNN (2000); Greff et
+    al., arXiv:1503.04069 (2015): variants "V" (whose peepholes these are) and "CIFG".
+    """
+
+    def __init__(self, name: str, peephole: bool, coupled: bool) -> None:
+        self.name = name  # type: ignore[misc]
+        self.coupled = coupled
+        self.gates = 3 if coupled else 4  # type: ignore[misc]
+        self.peepholes = (self.gates - 1) * peephole  # type: ignore[misc]
+
+    def step(
+        self, gx: Array, states: Sequence[Array], w: Weights
+    ) -> tuple[list[Array], tuple[Array, ...]]:
+        h_prev, c_prev = states
+        p = w.get("weight_peephole")
+        a = blocks(gx + linear(h_prev, w["weight_hh"], w.get("bias_hh")), self.gates)
+        if p is not None:
+            a[:-2] = [a_k + p_k * c_prev for a_k, p_k in zip(a[:-2], p, strict=False)]
+        i, g = sigmoid(a[0]), np.tanh(a[-2])
+        f = 1 - i if self.coupled else sigmoid(a[1])
+        c = f * c_prev + i * g
+        o = sigmoid(a[-1] if p is None else a[-1] + p[-1] * c)
+        tanh_c = np.tanh(c)
+        m = o * tanh_c
+        h = linear(m, w["weight_hr"], None) if "weight_hr" in w else m
+        return [h, c], (h_prev, c_prev, i, f, g, o, tanh_c, m, c)
+
+    def step_backward(
+        self, grads: Sequence[Array], saved: tuple[Array, ...], w: Weights
+    ) -> tuple[list[Array], dict[str, Array]]:
+        grad_h, grad_c = grads
+        h_prev, c_prev, i, f, g, o, tanh_c, m, c = saved
+        p = w.get("weight_peephole")
+        factors = {"h_prev": h_prev}
+        grad_m = grad_h
+        if "weight_hr" in w:
+            grad_m = grad_h @ w["weight_hr"]
+            factors |= {"grad_h": grad_h, "m": m}
+        grad_o = grad_m * tanh_c * o * (1 - o)
+        grad_c = grad_c + grad_m * o * (1 - tanh_c * tanh_c)
+        if p is not None:
+            grad_c = grad_c + grad_o * p[-1]
+        grad_prev = grad_c * f
+        if self.coupled:
+            inner = [grad_c * (g - c_prev) * i * (1 - i)]
+        else:
+            inner = [grad_c * g * i * (1 - i), grad_c * c_prev * f * (1 - f)]
+        if p is not None:
+            for grad_a, p_k in zip(inner, p, strict=False):
+                grad_prev = grad_prev + grad_a * p_k
+            seen = [*[grad_a * c_prev for grad_a in inner], grad_o * c]
+            factors["peephole"] = np.concatenate(seen, axis=1)
+        grad_a = np.concatenate([*inner, grad_c * i * (1 - g * g), grad_o], axis=1)
+        factors["gx"] = grad_a
+        return [grad_a @ w["weight_hh"], grad_prev], factors
+
+    def weight_gradients(self, factors: Mapping[str, Array], w: Weights) -> dict[str, Array]:
+        gradients = super().weight_gradients(factors, w)
+        if "weight_peephole" in w:
+            total = factors["peephole"].sum(axis=0)
+            gradients["weight_peephole"] = total.reshape(w["weight_peephole"].shape)
+        return gradients
+
+
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        ElmanTanh(),
+        ElmanRelu(),
+        LSTM(),
+        GRU(),
+        LSTMVariant("lstm_peephole", peephole=True, coupled=False),
+        LSTMVariant("lstm_coupled", peephole=False, coupled=True),
+        LSTMVariant("lstm_coupled_peephole", peephole=True, coupled=True),
+    )
+}
