@@ -22,10 +22,14 @@ from fastcell import reference
 from tolerances import accumulation_length, assert_close, tolerance
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # torch.nn's
-VARIANTS = ("lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+VARIANTS = (
+    "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "leaky_tanh", "leaky_relu",
+)  # fmt: skip
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 GATES |= {"lstm_peephole": 4, "lstm_coupled": 3, "lstm_coupled_peephole": 3}
-PEEPHOLES = {"lstm_peephole": 3, "lstm_coupled_peephole": 2}
+GATES |= {"leaky_tanh": 1, "leaky_relu": 1}
+# Vectors beside the matrices.
+OWN = {"lstm_peephole": 3, "lstm_coupled_peephole": 2, "leaky_tanh": 1, "leaky_relu": 1}
 
 Values = dict[str, Tensor]
 
@@ -115,7 +119,7 @@ class Problem:
                 width = D * P if layer else case.I
                 shapes = [(G * H, width), (G * H, P), *[(G * H,)] * 2 * case.bias]
                 shapes += [(P, H)] * case.projected
-                shapes += [(PEEPHOLES.get(case.cell, 0), H)] * (case.cell in PEEPHOLES)
+                shapes += [(OWN.get(case.cell, 0), H)] * (case.cell in OWN)
                 self.weights += [weight(*shape) for shape in shapes]
         count = case.layers * D
         sizes = [P, H][: len(case.state_names)]
@@ -164,9 +168,12 @@ class Problem:
             for option in ("peephole", "coupled"):
                 if option in case.cell:
                     options[option] = True
-        elif case.cell.startswith("rnn_"):
-            options["nonlinearity"] = case.cell.removeprefix("rnn_")
+        elif case.cell != "gru":
+            kind, options["nonlinearity"] = case.cell.split("_")
+            if kind == "leaky":
+                options["learn_alpha"] = True
         name = case.cell.split("_")[0].upper()
+        name = "LeakyRNN" if name == "LEAKY" else name
         layer: torch.nn.RNNBase = getattr(library, name)(case.I, case.H, **options)
         with torch.no_grad():
             for parameter, value in zip(layer.parameters(), self.weights, strict=True):
@@ -297,10 +304,10 @@ def away_from_the_kink(case: Case) -> Case:
 
     There the derivative jumps from 0 to 1, so two right computations may differ by all of it.
     """
-    if case.cell != "rnn_relu":
+    if not case.cell.endswith("relu"):
         return case
     margin = tolerance(case.dtype, case.layers * case.T, case.I + 2 * case.H)
-    relu = reference.CELLS["rnn_relu"]
+    relu = reference.CELLS[case.cell]
     nearest = [np.inf]
     original = relu.activation
 

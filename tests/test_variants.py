@@ -1,4 +1,4 @@
-"""LSTMs with peepholes, coupled gates, or both: against the reference and onnxruntime."""
+"""Leaky units, LSTMs with peepholes, coupled gates, or both: against reference, onnxruntime."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import fastcell
 from fastcell import composite
 from fastcell.cells import CELLS as SPECS
 from fastcell.plan import Config
-from support import PEEPHOLES, VARIANTS, Case, Problem, assert_same_bits, pairwise
+from support import OWN, VARIANTS, Case, Problem, assert_same_bits, away_from_the_kink, pairwise
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 F32, F64 = torch.float32, torch.float64
+LSTMS = [cell for cell in VARIANTS if cell.startswith("lstm")]
 FACTORS = {
     "cell": list(VARIANTS),
     "dtype": [F32, F64],
@@ -37,18 +38,22 @@ FACTORS = {
 
 def allowed(row: dict) -> bool:
     case = Case(**row)
+    if case.projected and not case.lstm:
+        return False
+    if case.cell == "leaky_relu" and case.T * case.B * case.H * case.layers > 5000:
+        return False  # some element would sit at the kink
     return (case.form != "unbatched" or case.B == 1) and case.flops <= 2e8
 
 
 @pytest.mark.parametrize("case", [Case(**row) for row in pairwise(FACTORS, allowed, 0)], ids=str)
 def test_grid(case):
-    problem = Problem(case)
+    problem = Problem(away_from_the_kink(case))
     problem.assert_close(problem.run(problem.layer(fastcell)), problem.truth())
 
 
 @pytest.mark.parametrize("cell", VARIANTS)
 def test_the_reference_by_finite_differences(cell):
-    problem = Problem(Case(cell, F64, 1, True, projected=True, T=3, B=2, I=3, H=4))
+    problem = Problem(Case(cell, F64, 1, True, projected=cell in LSTMS, T=3, B=2, I=3, H=4))
     truth = problem.truth()
     rng = np.random.default_rng(1)
 
@@ -72,11 +77,12 @@ def test_the_reference_by_finite_differences(cell):
         assert found == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-8), name
 
 
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("cell", VARIANTS)
+@pytest.mark.parametrize(
+    ("cell", "projected"), [*((c, False) for c in VARIANTS), *((c, True) for c in LSTMS)]
+)
 def test_kernels_by_finite_differences(cell, projected):
-    options = {"peephole": "peephole" in cell, "coupled": "coupled" in cell}
-    layer = fastcell.LSTM(3, 4, bidirectional=True, proj_size=2 * projected, dtype=F64, **options)
+    case = Case(cell, F64, 1, True, projected=projected, T=3, B=2, I=3, H=4)
+    layer = Problem(away_from_the_kink(case)).layer(fastcell)
     x = torch.randn(3, 2, 3, dtype=F64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -90,16 +96,15 @@ def test_kernels_by_finite_differences(cell, projected):
 
 @pytest.mark.parametrize("cell", VARIANTS)
 def test_the_composite_step_is_the_kernels(cell):
-    problem = Problem(Case(cell, F64, 2, True, projected=True, T=4, B=3, I=5, H=9))
+    problem = Problem(Case(cell, F64, 2, True, projected=cell in LSTMS, T=4, B=3, I=5, H=9))
     layer, inputs = problem.layer(fastcell), problem.inputs()
     config = Config(cell, 2, True, True, False)
-    states = [inputs["h0"], inputs["c0"]]
+    states = [inputs[f"{name}0"] for name in problem.case.state_names]
     output, finals = composite.sequence(
         config, inputs["x"], states, list(layer.parameters()), None, None
     )
-    problem.assert_close(
-        {"output": output, "h": finals[0], "c": finals[1]}, problem.call(layer, inputs)
-    )
+    found = {"output": output, **dict(zip(problem.case.state_names, finals, strict=True))}
+    problem.assert_close(found, problem.call(layer, inputs))
 
 
 @pytest.mark.parametrize("cell", VARIANTS)
@@ -172,17 +177,50 @@ def test_the_functional_form_and_its_errors():
     assert torch.equal(output, layer(x)[0])
     with pytest.raises(RuntimeError, match="Expected 5 weights .* or 6 with a projection, got 4"):
         fastcell.functional.lstm(x, None, weights[:4], peephole=True)
-    with pytest.raises(RuntimeError, match=r"weight_peephole of size \[3, 7\], got \[2, 7\]"):
+    with pytest.raises(RuntimeError, match=r"own weight of size \[3, 7\], got \[2, 7\]"):
         fastcell.functional.lstm(x, None, [*weights[:-1], weights[-1][:2]], peephole=True)
     with pytest.raises(ValueError, match="cannot be quantized"):
         fastcell.quantize(layer)
 
 
 def test_coupled_peepholes_have_their_rows():
-    assert {name: SPECS[name].parameters for name in VARIANTS} == {"lstm_coupled": 0} | PEEPHOLES
+    assert {name: SPECS[name].parameters for name in VARIANTS} == {"lstm_coupled": 0} | OWN
 
 
-@pytest.mark.parametrize("cell", VARIANTS)
+def test_leaky_units_keep_and_forget():
+    """alpha 0 is the plain layer, alpha 1 keeps its state for ever."""
+    plain = fastcell.RNN(3, 4, 2, bidirectional=True)
+    x, h = torch.randn(5, 2, 3), torch.randn(4, 2, 4)
+    layer = fastcell.LeakyRNN(3, 4, 2, bidirectional=True, alpha=0.0)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    for ours, theirs in zip(layer(x, h), plain(x, h), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    keeping = fastcell.LeakyRNN(3, 4, 2, bidirectional=True, alpha=1.0)
+    output, final = keeping(x, h)
+    assert torch.equal(final, h)
+    assert torch.equal(output[0], output[-1])
+
+
+def test_alphas_are_fixed_or_learned():
+    alphas = torch.linspace(0, 0.9, 4)
+    layer = fastcell.LeakyRNN(3, 4, alpha=alphas)
+    assert torch.equal(layer.weight_leak_l0, alphas[None])
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    assert layer.weight_leak_l0.grad is None
+    assert layer.weight_ih_l0.grad is not None
+    layer.reset_parameters()
+    assert torch.equal(layer.weight_leak_l0, alphas[None])
+    layer = fastcell.LeakyRNN(3, 4, nonlinearity="relu", alpha=0.9, learn_alpha=True)
+    assert "learn_alpha=True" in repr(layer)
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    assert layer.weight_leak_l0.grad.any()
+    with pytest.raises(ValueError, match="alpha must be from 0 to 1, got 1.5"):
+        fastcell.LeakyRNN(3, 4, alpha=1.5)
+    with pytest.raises(ValueError, match=r"of shape \(4,\) or \(1, 4\), got \(3,\)"):
+        fastcell.LeakyRNN(3, 4, alpha=torch.zeros(3))
+
+
+@pytest.mark.parametrize("cell", LSTMS)
 def test_against_onnxruntime(cell):
     """ONNX's order: gates i o f c, peepholes i o f; coupled is input_forget, where f = 1 - i."""
     onnx = pytest.importorskip("onnx")

@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with FASTCELL_ISA naming the set.
 #include "../cells/gru.h"
+#include "../cells/leaky.h"
 #include "../cells/lstm.h"
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
@@ -68,6 +69,8 @@ constexpr CellKernels cells_of[] = {
     kernels_of<T, cells::RnnRelu, Precision>("rnn_relu"),
     kernels_of<T, cells::Lstm, Precision>("lstm"),
     kernels_of<T, cells::Gru, Precision>("gru"),
+    kernels_of<T, cells::LeakyTanh, Precision>("leaky_tanh"),
+    kernels_of<T, cells::LeakyRelu, Precision>("leaky_relu"),
     kernels_of<T, cells::LstmPeephole, Precision>("lstm_peephole"),
     kernels_of<T, cells::LstmCoupled, Precision>("lstm_coupled"),
     kernels_of<T, cells::LstmCoupledPeephole, Precision>("lstm_coupled_peephole"),

@@ -182,8 +182,14 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll 1
       for (Index left = s; left < p.end && pairs[i].exists; ++left) {
         if (time(left) >= pairs[i].length) continue;
-        narrow(pairs[i].h,
-               d_gates[row_of(p, time(left), pairs[i].sample) * d_stride + pairs[i].index]);
+        const Index row = row_of(p, time(left), pairs[i].sample);
+        for (int g = 0; g < kColumns; ++g) {
+          narrow(pairs[i].h, d_gates[row * d_stride + g * p.hidden + pairs[i].index]);
+        }
+        if (projected && pairs[i].output_exists) {
+          E* to = static_cast<E*>(side.d_output) + row * p.output + pairs[i].index;
+          narrow(pairs[i].h, *to);
+        }
       }
     }
     keep_pair(block, pairs[i]);

@@ -26,7 +26,10 @@ FASTCELL_INLINE Pair<typename Block::R> pair_of(const Block& block, int i) {
   const bool sampled = inside && pair.sample < p.batch;
   pair.exists = sampled && pair.index < p.hidden;
   pair.output_exists = sampled && pair.index < p.output;
-  pair.length = sampled && p.lengths ? p.lengths[pair.sample] : p.steps;
+  pair.length = p.steps;
+  if (sampled && p.lengths && p.lengths[pair.sample] < p.steps) {
+    pair.length = p.lengths[pair.sample];
+  }
   pair.h = pair.c = 0;
   using R = typename Block::R;
   const R* h = static_cast<const R*>(block.side.carry[0]);

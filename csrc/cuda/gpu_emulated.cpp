@@ -196,7 +196,7 @@ const EmulatedKernel& kernel_named(const char* name) {
   throw std::runtime_error(std::string("no emulated kernel is named ") + name);
 }
 
-// Consecutive blocks, all at once (those of a cluster, of a cooperative launch) or in any order.
+// A block's shared memory.
 struct Shared {
   explicit Shared(size_t bytes) : memory(new char[bytes + 128]) {}
   char* aligned() const {
@@ -249,6 +249,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
   const int total = int(launch.grid[0] * launch.grid[1] * launch.grid[2]);
   const int size = int(launch.cluster);
   if (int(launch.shared) > pretended.shared_per_block || launch.grid[0] % launch.cluster != 0 ||
+      launch.grid[1] > 65535 || launch.grid[2] > 65535 ||
       size > pretended.max_cluster ||
       (launch.cooperative && total > resident_blocks(device, launch))) {
     throw std::runtime_error(std::string("a GPU would refuse this launch of ") + launch.kernel);

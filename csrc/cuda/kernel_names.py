@@ -13,6 +13,8 @@ CELLS = {
     "rnn_relu": "RnnRelu",
     "lstm": "Lstm",
     "gru": "Gru",
+    "leaky_tanh": "LeakyTanh",
+    "leaky_relu": "LeakyRelu",
     "lstm_peephole": "LstmPeephole",
     "lstm_coupled": "LstmCoupled",
     "lstm_coupled_peephole": "LstmCoupledPeephole",

@@ -1,6 +1,7 @@
 // All device code, compiled once per architecture (compile.py); kernel_names.py says which
 // instances.
 #include "../cells/gru.h"
+#include "../cells/leaky.h"
 #include "../cells/lstm.h"
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"

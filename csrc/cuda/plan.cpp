@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../cells/gru.h"
+#include "../cells/leaky.h"
 #include "../cells/lstm.h"
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
@@ -24,6 +25,8 @@ constexpr CellFacts kCells[] = {
     facts<cells::RnnRelu>("rnn_relu", "RnnRelu", true),
     facts<cells::Lstm>("lstm", "Lstm", true),
     facts<cells::Gru>("gru", "Gru", true),
+    facts<cells::LeakyTanh>("leaky_tanh", "LeakyTanh", false),
+    facts<cells::LeakyRelu>("leaky_relu", "LeakyRelu", false),
     facts<cells::LstmPeephole>("lstm_peephole", "LstmPeephole", false),
     facts<cells::LstmCoupled>("lstm_coupled", "LstmCoupled", false),
     facts<cells::LstmCoupledPeephole>("lstm_coupled_peephole", "LstmCoupledPeephole", false),
@@ -85,7 +88,7 @@ bool complete(Plan& plan, const Limits& limits) {
                             plan.products.element, plan.products.real);
   if (layout.total > limits.shared_per_block) return false;
   plan.shared = int(layout.total);
-  plan.tiles_at_once = plan.tiles;
+  plan.tiles_at_once = std::min(plan.tiles, 65535);  // of a grid's second dimension
 
   int at_once = limits.multiprocessors;  // blocks, or those of all clusters
   if (plan.place != Place::kStep) {

@@ -19,7 +19,7 @@ from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
 from .info import info
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, LeakyRNN
 from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream
 
@@ -29,6 +29,7 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LeakyRNN",
     "QuantizedCell",
     "QuantizedLayer",
     "RNNCell",

@@ -21,6 +21,7 @@ class CellSpec:
         projection: whether a ``weight_hr`` may follow the cell.
         parameters: vectors (H) that the cell has besides its matrices and biases, as the rows of
             one more weight, the last of its layer and direction.
+        parameters_name: of that weight.
         autocast: whether a whole layer runs in the autocast dtype on a CPU, as torch.nn's does.
         autocast_cell: the same for the single-step module.
     """
@@ -32,6 +33,7 @@ class CellSpec:
     autocast: bool
     autocast_cell: bool
     parameters: int = 0
+    parameters_name: str = ""
 
 
 CELLS: dict[str, CellSpec] = {
@@ -41,9 +43,11 @@ CELLS: dict[str, CellSpec] = {
         CellSpec("rnn_relu", 1, 1, projection=False, autocast=True, autocast_cell=True),
         CellSpec("lstm", 4, 2, projection=True, autocast=True, autocast_cell=False),
         CellSpec("gru", 3, 1, projection=False, autocast=False, autocast_cell=False),
-        CellSpec("lstm_peephole", 4, 2, True, True, False, parameters=3),
+        CellSpec("leaky_tanh", 1, 1, False, True, True, 1, "weight_leak"),
+        CellSpec("leaky_relu", 1, 1, False, True, True, 1, "weight_leak"),
+        CellSpec("lstm_peephole", 4, 2, True, True, False, 3, "weight_peephole"),
         CellSpec("lstm_coupled", 3, 2, True, True, False),
-        CellSpec("lstm_coupled_peephole", 3, 2, True, True, False, parameters=2),
+        CellSpec("lstm_coupled_peephole", 3, 2, True, True, False, 2, "weight_peephole"),
     )
 }
 
@@ -54,10 +58,7 @@ CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", 
 
 def cell_of(layer: Any) -> str:
     """The name of the cell of a layer, torch.nn's or fastcell's."""
-    cell = CELL_OF_MODE[layer.mode]
-    if cell != "lstm":
-        return cell
-    return lstm_cell(getattr(layer, "peephole", False), getattr(layer, "coupled", False))
+    return getattr(layer, "_cell", None) or CELL_OF_MODE[layer.mode]
 
 
 def lstm_cell(peephole: bool, coupled: bool) -> str:

@@ -179,7 +179,7 @@ def _refuse_shapes(
     if projected:
         shapes["weight_hr"] = [out_size, hidden_size]
     if parameters:
-        shapes["weight_peephole"] = [parameters, hidden_size]
+        shapes["the cell's own weight"] = [parameters, hidden_size]
     for (name, shape), w in zip(shapes.items(), weights, strict=True):
         if list(w.shape) != shape:
             raise RuntimeError(f"Expected {name} of size {shape}, got {list(w.shape)}")

@@ -28,6 +28,16 @@ def _rnn_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     return (torch.relu(x + h),)
 
 
+def _leaky_tanh(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+    assert p is not None
+    return (p[0] * state[0] + (1 - p[0]) * torch.tanh(x + h),)
+
+
+def _leaky_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+    assert p is not None
+    return (p[0] * state[0] + (1 - p[0]) * torch.relu(x + h),)
+
+
 def _lstm(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
     i, f, g, o = (x + h).chunk(4, -1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
@@ -62,6 +72,8 @@ _STEPS: dict[str, Callable[[Tensor, Tensor, States, Tensor | None], States]] = {
     "rnn_relu": _rnn_relu,
     "lstm": _lstm,
     "gru": _gru,
+    "leaky_tanh": _leaky_tanh,
+    "leaky_relu": _leaky_relu,
     "lstm_peephole": _lstm_variant,
     "lstm_coupled": _lstm_variant,
     "lstm_coupled_peephole": _lstm_variant,

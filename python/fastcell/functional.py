@@ -20,7 +20,7 @@ from .cells import CELLS, lstm_cell, weights_per_direction
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .ragged import check_lengths, run_ragged
 
-__all__ = ["gru", "lstm", "rnn"]
+__all__ = ["gru", "leaky_rnn", "lstm", "rnn"]
 
 Sequences: TypeAlias = Tensor | PackedSequence
 In = TypeVar("In", Tensor, PackedSequence)  # the output has the type of the input
@@ -114,6 +114,38 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
         "rnn_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
+    )  # fmt: skip
+    return output, states[0]
+
+
+def leaky_rnn(
+    input: In,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[In, Tensor]:
+    """Leaky units, h_t = alpha h_{t-1} + (1 - alpha) tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Arguments, shapes, results and errors are those of :func:`rnn`, except that each layer and
+    direction has one more weight at the end: ``weight_leak`` (1, H), the alphas.
+
+    Source: I. Goodfellow et al., Deep Learning (2016), chapter 10.9.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    output, states = _run(
+        "leaky_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
         num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
     )  # fmt: skip
     return output, states[0]
@@ -297,6 +329,8 @@ _TITLES = {
     "rnn_relu": ("RNN", "D tensor"),
     "lstm": ("LSTM", "D"),
     "gru": ("GRU", "D"),
+    "leaky_tanh": ("RNN", "D tensor"),
+    "leaky_relu": ("RNN", "D tensor"),
     "lstm_peephole": ("LSTM", "D"),
     "lstm_coupled": ("LSTM", "D"),
     "lstm_coupled_peephole": ("LSTM", "D"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .cells import CELL_OF_MODE, CELLS, cell_of
+from .cells import CELLS, cell_of, lstm_cell
 from .checks import autocast_enabled
 from .functional import Sequences, States, run_stack, two_states
 from .packing import clear_packed_weights
@@ -49,6 +49,32 @@ class _Layer(Swappable, torch.nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Kept for programs that call it; the kernels pack weights themselves."""
+
+    def _become(self, cell: str) -> None:
+        """Another cell's parameters in place of those that torch.nn's constructor made."""
+        self._cell = cell
+        hidden, spec = self.hidden_size, CELLS[cell]
+        names: list[list[str]] = []
+        for own in self._all_weights:
+            old = {name: self._parameters.pop(name) for name in own}
+            shapes = {
+                name: p.shape if "weight_hr" in name else (spec.gates * hidden, *p.shape[1:])
+                for name, p in old.items()
+                if p is not None
+            }
+            if spec.parameters:
+                suffix = own[0].removeprefix("weight_ih")
+                shapes[f"{spec.parameters_name}{suffix}"] = (spec.parameters, hidden)
+            like = next(iter(old.values()))
+            assert like is not None
+            for name, shape in shapes.items():
+                self.register_parameter(name, torch.nn.Parameter(like.new_empty(shape)))
+            names.append(list(shapes))
+        self._all_weights = names
+        self._flat_weights_names = [name for own in names for name in own]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._init_flat_weights()
+        self.reset_parameters()
 
     def _weights(self) -> list[Tensor]:
         """The weights of this call, in the order of ``_flat_weights_names``.
@@ -170,11 +196,88 @@ class RNN(_Layer):
     def forward(
         self, input: Sequences, hx: Tensor | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Sequences, Tensor]:
-        cell = CELL_OF_MODE.get(self.mode)
-        if cell not in ("rnn_tanh", "rnn_relu"):
+        if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        output, states = self._run(cell, input, None if hx is None else (hx,), lengths)
+        output, states = self._run(cell_of(self), input, None if hx is None else (hx,), lengths)
         return output, states[0]
+
+
+class LeakyRNN(RNN):
+    """A stack of leaky units, h_t = alpha h_{t-1} + (1 - alpha) v_t.
+
+    v_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) is what :class:`RNN` would give. A unit with
+    alpha near 1 changes slowly, over 1 / (1 - alpha) steps, and so carries what happened long ago.
+
+    Args:
+        alpha: of all units, a number, or of each, (H,), or of each layer and direction, (L*D, H).
+        learn_alpha: whether training changes the alphas, ``weight_leak_l*`` (1, H).
+        All others are those of :class:`RNN`.
+
+    Call: as :class:`RNN`.
+
+    Raises:
+        ValueError: an alpha outside of 0 .. 1, or of another shape; else as :class:`RNN`.
+
+    Source: I. Goodfellow, Y. Bengio, A. Courville, Deep Learning (2016), chapter 10.9.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            alpha: float | Tensor = 0.5,
+            learn_alpha: bool = False,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:
+
+        def __init__(
+            self,
+            *args: Any,
+            alpha: float | Tensor = 0.5,
+            learn_alpha: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(*args, **kwargs)
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            given = torch.as_tensor(alpha, dtype=torch.float64).cpu()
+            if given.shape not in ((), (self.hidden_size,), (count, self.hidden_size)):
+                raise ValueError(
+                    f"alpha must be a number or of shape ({self.hidden_size},) or "
+                    f"({count}, {self.hidden_size}), got {tuple(given.shape)}"
+                )
+            if not bool(((given >= 0) & (given <= 1)).all()):
+                raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+            self._alpha = given.expand(count, self.hidden_size).clone()
+            self.learn_alpha = learn_alpha
+            self._become("leaky_" + self.nonlinearity)
+            for own in self._all_weights:
+                self._parameters[own[-1]].requires_grad_(learn_alpha)
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNN, and the alphas as they were given."""
+        super().reset_parameters()
+        if not hasattr(self, "_cell"):
+            return  # torch.nn's constructor, which knows of no alphas
+        alphas = cast(Tensor, self._alpha)
+        with torch.no_grad():
+            for own, alpha in zip(self._all_weights, alphas, strict=True):
+                self.get_parameter(own[-1]).copy_(alpha[None])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")
 
 
 class LSTM(_Layer):
@@ -242,36 +345,11 @@ class LSTM(_Layer):
                 self.recompute = True
             if peephole or coupled:
                 self.peephole, self.coupled = peephole, coupled
-                self._make_variant()
+                self._become(lstm_cell(peephole, coupled))
 
     # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
     peephole: bool = False
     coupled: bool = False
-
-    def _make_variant(self) -> None:
-        """Three gates where two are coupled, and peepholes, in place of torch.nn's parameters."""
-        hidden, spec = self.hidden_size, CELLS[cell_of(self)]
-        names: list[list[str]] = []
-        for own in self._all_weights:
-            old = {name: self._parameters.pop(name) for name in own}
-            shapes = {
-                name: p.shape if "weight_hr" in name else (spec.gates * hidden, *p.shape[1:])
-                for name, p in old.items()
-                if p is not None
-            }
-            if self.peephole:
-                suffix = own[0].removeprefix("weight_ih")
-                shapes[f"weight_peephole{suffix}"] = (spec.parameters, hidden)
-            like = next(iter(old.values()))
-            assert like is not None
-            for name, shape in shapes.items():
-                self.register_parameter(name, torch.nn.Parameter(like.new_empty(shape)))
-            names.append(list(shapes))
-        self._all_weights = names
-        self._flat_weights_names = [name for own in names for name in own]
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
-        self._init_flat_weights()
-        self.reset_parameters()
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

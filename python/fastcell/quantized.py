@@ -228,7 +228,7 @@ class QuantizedLayer(_Quantized):
         self.dtype = dtype
         self._cell = cell_of(layer)
         if self._cell not in CELL_OF_MODE.values():
-            raise ValueError("an LSTM with peepholes or coupled gates cannot be quantized")
+            raise ValueError(f"layers with cells of {self._cell} cannot be quantized")
         self._groups = []
         # By name: a parametrization computes its weights when asked.
         for names in layer._all_weights:

@@ -111,6 +111,10 @@ void step(const std::string& cell, const double* x, const double* h, const doubl
   } else if (cell == "lstm") {
     c = sigmoid(x[1] + h[1]) * c + sigmoid(x[0] + h[0]) * std::tanh(x[2] + h[2]);
     out = sigmoid(x[3] + h[3]) * std::tanh(c);
+  } else if (cell == "leaky_tanh" || cell == "leaky_relu") {
+    const double a = x[0] + h[0];
+    const double v = cell == "leaky_tanh" ? std::tanh(a) : std::fmax(0.0, a);
+    out = p[0] * out + (1 - p[0]) * v;
   } else if (cell.compare(0, 5, "lstm_") == 0) {
     const bool coupled = cell.find("coupled") != std::string::npos;
     const bool peephole = cell.find("peephole") != std::string::npos;

@@ -53,7 +53,7 @@ class Cell(ABC):
     name: ClassVar[str]
     gates: ClassVar[int]  # G: blocks of H rows in weight_ih and weight_hh
     projects: ClassVar[bool] = False  # whether it accepts weight_hr
-    peepholes: ClassVar[int] = 0  # rows of weight_peephole
+    own: ClassVar[tuple[str, int]] = ("", 0)  # name and rows of a weight of H columns beside these
 
     def state_sizes(self, sizes: Sizes) -> tuple[int, ...]:
         """Width of each recurrent state. The first state is h, which is also the output."""
@@ -70,8 +70,9 @@ class Cell(ABC):
             shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
         if sizes.projection:
             shapes["weight_hr"] = (sizes.projection, sizes.hidden)
-        if self.peepholes:
-            shapes["weight_peephole"] = (self.peepholes, sizes.hidden)
+        name, rows = self.own
+        if rows:
+            shapes[name] = (rows, sizes.hidden)
         return shapes
 
     @abstractmethod
@@ -311,6 +312,50 @@ class GRU(Cell):
         return linear_gradients(factors["u"], factors["h_prev"], w, "hh")
 
 
+class LeakyTanh(ElmanTanh):
+    """Leaky units: ``ElmanTanh``'s h, here v, comes in by a part 1 - α of each unit.
+
+        h  = α * h' + (1 - α) * v           v = tanh(a), or max(a, 0)
+
+        dv = dh * (1 - α)    dα = Σ dh * (h' - v)    dh' = dh * α + da U
+
+    Source: Goodfellow et al., *Deep Learning* (2016), chapter 10.9.
+    """
+
+    name = "leaky_tanh"
+    own = ("weight_leak", 1)
+
+    def step(
+        self, gx: Array, states: Sequence[Array], w: Weights
+    ) -> tuple[list[Array], tuple[Array, ...]]:
+        (h_prev,) = states
+        alpha = w["weight_leak"][0]
+        v = self.activation(gx + linear(h_prev, w["weight_hh"], w.get("bias_hh")))
+        return [alpha * h_prev + (1 - alpha) * v], (h_prev, v)
+
+    def step_backward(
+        self, grads: Sequence[Array], saved: tuple[Array, ...], w: Weights
+    ) -> tuple[list[Array], dict[str, Array]]:
+        (grad_h,) = grads
+        h_prev, v = saved
+        alpha = w["weight_leak"][0]
+        grad_a = self.activation_backward(grad_h * (1 - alpha), v)
+        factors = {"gx": grad_a, "h_prev": h_prev, "leak": grad_h * (h_prev - v)}
+        return [grad_h * alpha + grad_a @ w["weight_hh"]], factors
+
+    def weight_gradients(self, factors: Mapping[str, Array], w: Weights) -> dict[str, Array]:
+        gradients = super().weight_gradients(factors, w)
+        return gradients | {"weight_leak": factors["leak"].sum(axis=0, keepdims=True)}
+
+
+class LeakyRelu(LeakyTanh):
+    """``LeakyTanh`` with relu."""
+
+    name = "leaky_relu"
+    activation = ElmanRelu.activation
+    activation_backward = ElmanRelu.activation_backward
+
+
 class LSTMVariant(LSTM):
     """``LSTM`` with peepholes p (a row per gate), with coupled gates, or both. As there, but
 
@@ -327,7 +372,7 @@ class LSTMVariant(LSTM):
         self.name = name  # type: ignore[misc]
         self.coupled = coupled
         self.gates = 3 if coupled else 4  # type: ignore[misc]
-        self.peepholes = (self.gates - 1) * peephole  # type: ignore[misc]
+        self.own = ("weight_peephole", (self.gates - 1) * peephole)  # type: ignore[misc]
 
     def step(
         self, gx: Array, states: Sequence[Array], w: Weights
@@ -390,6 +435,8 @@ CELLS: dict[str, Cell] = {
         ElmanRelu(),
         LSTM(),
         GRU(),
+        LeakyTanh(),
+        LeakyRelu(),
         LSTMVariant("lstm_peephole", peephole=True, coupled=False),
         LSTMVariant("lstm_coupled", peephole=False, coupled=True),
         LSTMVariant("lstm_coupled_peephole", peephole=True, coupled=True),

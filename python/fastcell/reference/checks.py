@@ -43,7 +43,7 @@ def check_weights(
     # weight_hh and, with a projection, weight_hr tell H and P; all else follows from them and x.
     projection = 0
     if per_layer > plain:
-        projected = arrays[per_layer - 1 - (cell.peepholes > 0)]
+        projected = arrays[per_layer - 1 - (cell.own[1] > 0)]
         if projected.ndim != 2 or not projected.size:
             raise ValueError(
                 "weight_hr_l0 must have shape (P, H) with H and P at least 1, "
