@@ -286,6 +286,79 @@ def test_lengths_on_the_device(cell, batch_first, place, device):
     problem.assert_close(values, problem.truth())
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_lengths_above_the_steps_count_as_all(place, device):
+    layer = fastcell.LSTM(3, 20, bidirectional=True, device=device)
+    x = torch.randn(4, 3, 3, device=device)
+
+    def run(lengths):
+        leaf = x.clone().requires_grad_()
+        given = torch.tensor(lengths, device=device)
+        output, states = torch.ops.fastcell.sequence(
+            leaf, [], list(layer.parameters()), given, None, "lstm", 1, True, True, False, "exact"
+        )
+        loss = output.square().sum() + sum(s.sum() for s in states)
+        return [output, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
+
+    with cuda.choose_engine(place):
+        for found, expected in zip(run([9, 2, 5]), run([4, 2, 4]), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_backward_within_autocast(device):
+    """Which holds for the forward pass, not for derivatives of what ran outside of it."""
+    problem = Problem(Case("gru", F32, 2, True, T=4, B=3, I=5, H=9, device=device))
+    layer, inputs = problem.layer(fastcell), problem.inputs()
+    expected = problem.run(layer)
+    values = problem.call(layer, inputs)
+    leaves = inputs | dict(layer.named_parameters())
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(
+            list(values.values()), list(leaves.values()), problem.gradients_in()
+        )
+    grads = {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+    assert_same_bits(grads, {name: expected[name] for name in grads})
+
+
+def test_both_of_torchs_switches_for_tf32(device):
+    layer, x = fastcell.GRU(3, 20, device=device), torch.randn(4, 2, 3, device=device)
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch has the older switch alone")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert fastcell.explain(layer, x).products == "tf32"
+        layer(x)
+        if device == "cpu":  # Turing has no such products: a permission, no demand
+            emulated().pretend(capability=75, max_cluster=1)
+            assert fastcell.explain(layer, x).products == "float32"
+            layer(x)
+        matmul.fp32_precision = "ieee"
+        assert fastcell.explain(layer, x).products == "float32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_another_default_device(device):
+    """Of torch's: what the engine makes for itself on the CPU stays there."""
+    problem = Problem(Case("lstm", F32, 2, True, form="ragged", T=4, B=3, I=5, H=9, device=device))
+    layer = problem.layer(fastcell)
+    expected = problem.run(layer)
+    layer.zero_grad()
+    inputs, grads = problem.inputs(), problem.gradients_in()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        inputs["x"], torch.from_numpy(problem.lengths), enforce_sorted=False
+    )
+    cuda._reports.clear()
+    with torch.device("meta"):
+        output, (h, c) = layer(packed, (inputs["h0"], inputs["c0"]))
+        torch.autograd.backward([h, c], grads[1:], retain_graph=True)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(output, total_length=4)
+    padded.backward(grads[0])
+    torch.testing.assert_close(layer.weight_hh_l0.grad, expected["gradient of weight_hh_l0"])
+
+
 def test_lengths_in_second_derivatives(device):
     layer = fastcell.LSTM(2, 3, bidirectional=True, dtype=F64, device=device)
     x = torch.randn(3, 2, 2, dtype=F64, device=device, requires_grad=True)
@@ -408,6 +481,12 @@ def test_recompute(device):
     plain, layer = problem.layer(fastcell), problem.layer(fastcell)
     layer.recompute = True
     problem.assert_close(problem.run(layer), problem.run(plain))
+
+
+def test_many_tiles_are_several_launches():
+    emulated().pretend(multiprocessors=132)
+    made = plan(B=1_100_000, H=32, T=1)
+    assert made.tiles > 65535 >= made.tiles_at_once
 
 
 def test_explain(device):

@@ -67,6 +67,40 @@ def test_full_lengths_are_a_plain_batch():
     assert torch.equal(layer(x, lengths=torch.full((3,), 5))[0], layer(x)[0])
 
 
+def test_nothing_but_samples_without_steps_is_like_any_other_call():
+    layer = fastcell.LSTM(3, 4)
+    x, h, c = torch.randn(5, 3, 3), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    none = torch.zeros(3, dtype=torch.int64)
+    x[0, 0] = torch.nan
+    output, (h_n, c_n) = layer(x, (h, c), lengths=none)
+    assert torch.equal(h_n, h)
+    assert torch.equal(c_n, c)
+    assert h_n.data_ptr() != h.data_ptr()
+    (output.sum() + h_n.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, lengths=none)[0].dtype is layer(x, lengths=none + 2)[0].dtype
+    with pytest.raises(ValueError, match=r"float64|Double|dtype"):
+        layer(x.double(), lengths=none)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
+def test_lengths_of_few_bits(dtype):
+    """300 steps do not exist in 8 bits, where 300 would be 44."""
+    layer, x = fastcell.GRU(2, 3), torch.randn(300, 2, 2)
+    output, _ = layer(x, lengths=torch.full((2,), 44).to(dtype))
+    assert not output[44:].any()
+    assert torch.equal(output[:44], layer(x[:44])[0])
+
+
+def test_lengths_under_another_default_device():
+    layer, x = fastcell.GRU(2, 3), torch.randn(6, 2, 2)
+    expected = layer(x, lengths=torch.tensor([2, 5]))[0]
+    lengths = torch.tensor([2, 5])
+    with torch.device("meta"):
+        assert torch.equal(layer(x, lengths=lengths)[0], expected)
+
+
 def test_the_functional_form():
     layer = fastcell.RNN(3, 4)
     x, lengths = torch.randn(5, 2, 3), torch.tensor([3, 4])

@@ -193,7 +193,7 @@ def product_rate(dtype: str, clock: Clock) -> float:
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """TF32 in products and in cuDNN where it is asked for, and nowhere else."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = fastcell.cuda.tf32_allowed()
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype == "tf32"):

@@ -13,6 +13,13 @@
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
+#define FASTCELL_THREAD_SANITIZER
+#elif defined(__has_feature)  // clang
+#if __has_feature(thread_sanitizer)
+#define FASTCELL_THREAD_SANITIZER
+#endif
+#endif
+#if defined(FASTCELL_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -42,7 +49,7 @@ struct Fiber {
 struct Team {
   explicit Team(int threads)
       : stacks(new char[kStackBytes * size_t(threads)]), memory(new Fiber[size_t(threads)]) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(FASTCELL_THREAD_SANITIZER)
     for (int i = 0; i < threads; ++i) memory[size_t(i)].sanitizer = __tsan_create_fiber(0);
 #endif
   }
@@ -86,7 +93,7 @@ class Runner {
     for (int i = 0; i < block_.threads; ++i) {
       prepare(fibers_[i], team_->stacks.get() + kStackBytes * size_t(i));
     }
-#if defined(__SANITIZE_THREAD__)
+#if defined(FASTCELL_THREAD_SANITIZER)
     main_fiber_ = __tsan_get_current_fiber();
     begin();
     switch_to(&main_, 0);
@@ -157,13 +164,13 @@ class Runner {
   // No switch orders anything.
   FASTCELL_UNOBSERVED void switch_to(ucontext_t* from, int to) {
     current_thread = to;
-#if defined(__SANITIZE_THREAD__)
+#if defined(FASTCELL_THREAD_SANITIZER)
     __tsan_switch_to_fiber(fibers_[to].sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
     swapcontext(from, &fibers_[to].context);
   }
   FASTCELL_UNOBSERVED void switch_back() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(FASTCELL_THREAD_SANITIZER)
     __tsan_switch_to_fiber(main_fiber_, __tsan_switch_to_fiber_no_sync);
 #endif
     setcontext(&main_);

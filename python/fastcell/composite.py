@@ -7,13 +7,12 @@ without kernels. It is slow and exact; its step functions are the kernels' equat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .autocast import without_autocast
 from .cells import CELLS, weights_per_direction
 from .plan import Config
 
@@ -151,14 +150,6 @@ def sequence(
         hx = zero_states(config, input, weights, batch_sizes)
     with without_autocast(input):
         return _sequence(config, input, hx, weights, batch_sizes, masks)
-
-
-def without_autocast(input: Tensor) -> AbstractContextManager[Any]:
-    """Here the caller has chosen the dtypes already."""
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _sequence(

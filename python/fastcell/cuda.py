@@ -10,6 +10,8 @@ a PackedSequence, which live on the CPU.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .autocast import without_autocast
 from .plan import Config
 
 __all__ = [
@@ -36,12 +39,18 @@ _CHUNK_BYTES = 64
 _GROUP = 8
 # Looks at a flag (each about half a microsecond) before a kernel gives up waiting for the others.
 _PATIENCE = 1 << 26
-_wanted = ""
+_choice = threading.local()
+
+
+def _wanted() -> str:
+    return getattr(_choice, "engine", "")
 
 
 @contextmanager
 def choose_engine(engine: str | None) -> Iterator[None]:
     """Within this context, run layers on CUDA devices with that engine; None: chosen by shape.
+
+    It holds for the calls of this thread; a backward pass chooses when it runs.
 
     Args:
         engine: ``"step"`` (one launch per step), ``"grid"`` (one launch for all steps, the hidden
@@ -50,14 +59,13 @@ def choose_engine(engine: str | None) -> Iterator[None]:
     Raises:
         ValueError: another name; in a call, a layer that the engine cannot hold.
     """
-    global _wanted
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)} or None, got {engine!r}")
-    before, _wanted = _wanted, engine or ""
+    before, _choice.engine = _wanted(), engine or ""
     try:
         yield
     finally:
-        _wanted = before
+        _choice.engine = before
 
 
 def architectures() -> list[str]:
@@ -65,11 +73,32 @@ def architectures() -> list[str]:
     return list(device_code.cuda_architectures())
 
 
-def products_of(dtype: torch.dtype) -> str:
-    """What the products of a layer of this dtype multiply, TF32 only where torch allows it."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+@functools.cache
+def built() -> bool:
+    """Whether this build has CUDA kernels."""
+    return bool(_core.cuda_architectures())
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may multiply float32 matrices in TF32."""
+    # The newer of torch's two switches (2.9) follows the older one; asking that after the newer one
+    # was set raises an error.
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(torch.backends.cuda.matmul.allow_tf32) if newer is None else newer == "tf32"
+
+
+def products_of(dtype: torch.dtype, index: int) -> str:
+    """What the products of a layer of this dtype multiply on a device.
+
+    TF32 only where torch allows it and the device has it.
+    """
+    if dtype is torch.float32 and tf32_allowed() and _capability(index) >= 80:
         return "tf32"
     return str(dtype).removeprefix("torch.")
+
+
+def _capability(index: int) -> int:
+    return int(device_code.cuda_limits(index)["capability"])
 
 
 @dataclass(frozen=True)
@@ -182,12 +211,11 @@ class _Time:
             self.batch_sizes = batch_sizes
             offsets = batch_sizes.new_zeros(layer.steps + 1)
             torch.cumsum(batch_sizes, 0, out=offsets[1:])
-            self.sample_lengths = layer.steps - torch.searchsorted(
-                batch_sizes.flip(0), torch.arange(layer.batch), right=True
+            lengths = layer.steps - torch.searchsorted(
+                batch_sizes.flip(0), torch.arange(layer.batch, device="cpu"), right=True
             )
-            self.step_offsets = offsets
             self.offsets = offsets.to(device, non_blocking=True)
-            self.lengths = self.sample_lengths.to(device, non_blocking=True)
+            self.lengths = lengths.to(device, non_blocking=True)
 
     def existing(self, layer: _Layer, rows: Tensor) -> Tensor:
         """``rows`` with zeros where a sample has ended, whatever stood there."""
@@ -207,16 +235,18 @@ class _Time:
             begins = torch.arange(1, layer.steps + 1, device=states.device)[:, None] >= self.lengths
             after = torch.cat((states[batch:], first)).view(layer.steps, batch, -1)
             return after.where(~begins[:, :, None], first).view(layer.rows, -1)
-        step = torch.repeat_interleave(torch.arange(layer.steps), self.batch_sizes)
-        sample = torch.arange(layer.rows) - self.step_offsets[step]
+        assert self.offsets is not None
+        assert self.lengths is not None
+        rows = torch.arange(layer.rows, device=states.device)
+        step = torch.searchsorted(self.offsets, rows, right=True) - 1
+        sample = rows - self.offsets[step]
         if back:
-            begins = step + 1 == self.sample_lengths[sample]
-            row = self.step_offsets[(step + 1).clamp(max=layer.steps)] + sample
+            begins = step + 1 == self.lengths[sample]
+            row = self.offsets[(step + 1).clamp(max=layer.steps)] + sample
         else:
             begins = step == 0
-            row = self.step_offsets[(step - 1).clamp(min=0)] + sample
-        row = torch.where(begins, layer.rows + sample, row)
-        return torch.cat((states, first))[row.to(states.device, non_blocking=True)]
+            row = self.offsets[(step - 1).clamp(min=0)] + sample
+        return torch.cat((states, first))[torch.where(begins, layer.rows + sample, row)]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,7 +305,7 @@ def explain(
     """(architecture of the device, how its blocks share a layer's steps, in words)."""
     index = device.index or 0
     layer = _layer_of(config, dtype, weights, steps, batch, steps * batch)
-    architecture = f"sm_{device_code.cuda_limits(index)['capability']}"
+    architecture = f"sm_{_capability(index)}"
     texts = [
         _in_words(_plan(layer, index, backward)) for backward in (False, True)[: 1 + gradients]
     ]
@@ -294,22 +324,26 @@ def _in_words(plan: Any) -> str:
 
 def _plan(layer: _Layer, index: int, backward: bool) -> Any:
     return device_code.CudaPlan(
-        index, layer.cell, products_of(layer.dtype), backward, layer.steps, layer.batch,
-        layer.hidden, layer.output, layer.directions, layer.projected, _wanted,
+        index, layer.cell, products_of(layer.dtype, index), backward, layer.steps, layer.batch,
+        layer.hidden, layer.output, layer.directions, layer.projected, _wanted(),
     )  # fmt: skip
 
 
 # What kernels report: set where one gave up waiting. In memory that the host reads without waiting.
 _reports: dict[torch.device, Tensor] = {}
+_lock = threading.Lock()
 
 
 def _report(device: torch.device) -> Tensor:
-    found = _reports.get(device)
-    if found is None:
-        found = _reports[device] = torch.zeros(
-            1, dtype=torch.int32, pin_memory=device.type == "cuda"
-        )
-    elif int(found[0]):
+    with _lock:
+        found = _reports.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = _reports[device] = torch.zeros(
+                    1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+                )
+            return found
+    if int(found[0]):
         found.zero_()
         raise RuntimeError(
             f"an earlier call on {device} gave up: its thread blocks waited for each other in "
@@ -327,7 +361,7 @@ class _Sweep:
         backward: bool,
     ) -> None:  # fmt: skip
         self.layer, self.device = layer, device
-        self.products = products_of(layer.dtype)
+        self.products = products_of(layer.dtype, device.index or 0)
         self.plan = _plan(layer, device.index or 0, backward)
         plan, count = self.plan, layer.directions
         columns, rows = plan.unit_blocks * plan.units, plan.tiles * plan.rows
@@ -432,6 +466,20 @@ def forward(
 
     ``output``: where to write it. The arguments are taken as checked.
     """
+    with without_autocast(x):
+        return _forward(config, x, hx, weights, batch_sizes, masks, keep, output)
+
+
+def _forward(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    keep: bool,
+    output: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
     device = x.device
     weights = [_dense(w) for w in weights]
@@ -551,6 +599,28 @@ def backward(
     ``d_x``: where to write the input's gradient; ``add_to``: gradients of the weights, to be added
     to.
     """
+    # Autograd runs this in the autocast of whoever called backward().
+    with without_autocast(x):
+        return _backward(
+            config, grad_output, grad_states, x, hx, weights, batch_sizes, masks, reserve, needs,
+            d_x, add_to,
+        )  # fmt: skip
+
+
+def _backward(
+    config: Config,
+    grad_output: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    masks: Tensor | None,
+    reserve: Tensor,
+    needs: Sequence[bool],
+    d_x: Tensor | None,
+    add_to: Sequence[Tensor | None] | None,
+) -> list[Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
     device, real, directions = x.device, layer.real, layer.directions
     packed = x.dim() == 2
@@ -642,6 +712,7 @@ def _layer_backward(
             }
         )
     y = kept.outputs[index]
+    assert d_y is None or d_y.dtype is layer.dtype  # kernels take its address
     sweep.run(time, sides, y, d_y, True, True)
 
     d_input: Tensor | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import composite
+from .autocast import without_autocast
 from .plan import Config
 
 
@@ -30,7 +31,7 @@ def double_backward(
     itself differentiable where grad mode is on.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), composite.without_autocast(input):
+    with torch.enable_grad(), without_autocast(input):
         primals = [_own(t) for t in (input, *(hx or ()), *weights)]
         outer = [None if g is None else _own(g) for g in grad_outputs]
         asked = [p for p, need in zip(primals, needs, strict=True) if need]
@@ -61,7 +62,7 @@ def composite_backward(
     def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
         return tuple(_outputs(config, primals, hx, batch_sizes, masks))
 
-    with composite.without_autocast(input):
+    with without_autocast(input):
         if torch._C._are_functorch_transforms_active():
             outputs, pull = torch.func.vjp(outputs_of, *primals)[:2]
             cotangents = [

@@ -26,6 +26,6 @@ def why_no_kernels(device: torch.device) -> str:
     """What has no kernels where tensors are on this device; nothing where there are some."""
     if device.type not in ENGINES:
         return f"device type '{device.type}'"
-    if device.type == "cuda" and not cuda.architectures():
+    if device.type == "cuda" and not cuda.built():
         return "CUDA devices in this build, which was made without them"
     return ""

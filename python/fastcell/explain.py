@@ -159,7 +159,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         engine = "meta"
     elif path != "composite" and engine_of(stand_in) is cuda:
         engine = "cuda"
-        config = config._replace(products=cuda.products_of(arithmetic))
+        config = config._replace(products=cuda.products_of(arithmetic, stand_in.device.index or 0))
         if input is not None:
             at = _extent(module, input)
             isa, schedule = cuda.explain(

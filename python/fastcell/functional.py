@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .cells import CELLS, lstm_cell, weights_per_direction
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
-from .ragged import check_lengths, run_ragged
+from .ragged import checked_lengths, run_ragged
 
 __all__ = ["gru", "leaky_rnn", "lstm", "rnn"]
 
@@ -450,26 +450,27 @@ def _run_lengths(
     steps, batch, _ = input.shape
     if layer.batch_first:
         steps, batch = batch, steps
-    check_lengths(lengths, batch, steps)
+    lengths = checked_lengths(lengths, batch, steps)
     if not lengths.is_cpu:
         if lengths.device != input.device:
             raise RuntimeError(
                 f"lengths must be on the CPU or the input's device, got {lengths.device} and "
                 f"{input.device}"
             )
-        return _launch(
-            layer, cell, input, states, weights, lengths.long(), steps, batch, refuse, None
-        )
+        return _launch(layer, cell, input, states, weights, lengths, steps, batch, refuse, None)
     if bool((lengths == steps).all()):
         return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, None)
-    if input.shape[-1] != layer.input_size or states is not None:
-        _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse)
+    wrong_dtype = input.dtype != weights[0].dtype
+    _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
     if states is None:
         states = _zeros(layer, cell, input, batch)
     if not lengths.any():
-        directions = 2 if layer.bidirectional else 1
-        width = directions * (layer.proj_size or layer.hidden_size)
-        return input.new_zeros((*input.shape[:2], width)), states
+        # A call of which nothing is used: dtypes and graph are those of any other call.
+        output, finals = _launch(
+            layer, cell, _nothing_of(input), states, weights, None, steps, batch, refuse, None
+        )
+        kept = [s.to(f.dtype) + _nothing_of(f) for s, f in zip(states, finals, strict=True)]
+        return _nothing_of(output), tuple(kept)
 
     def run(rows: Tensor, states: States, batch_sizes: Tensor) -> tuple[Tensor, States]:
         alive = int(batch_sizes[0])
@@ -477,6 +478,11 @@ def _run_lengths(
         return _launch(layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, None)
 
     return run_ragged(input, states, lengths, layer.batch_first, run)
+
+
+def _nothing_of(t: Tensor) -> Tensor:
+    """Zeros with the graph of ``t``, whatever it holds."""
+    return t.where(torch.zeros((), dtype=torch.bool, device=t.device), 0)
 
 
 def _zeros(layer: Stack, cell: str, input: Tensor, batch: int) -> States:
@@ -506,7 +512,8 @@ def _refuse_wrong_sizes(
         if CELLS[cell].states == 2 and states[1].shape != (stacked, batch, layer.hidden_size):
             wrong_size = True
     if wrong_size or wrong_dtype:
-        refuse(input, states, batch_sizes)
+        # (Of a padded batch's lengths, torch's own checks would think that they are packed.)
+        refuse(input, states, batch_sizes if input.dim() == 2 else None)
         if wrong_size:  # a subclass can have checks of its own that let anything pass
             raise RuntimeError("input or initial states are of a wrong size")
 

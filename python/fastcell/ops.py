@@ -83,6 +83,10 @@ def sequence(
         dropout = 0.0
     if recompute and (path != "kernel" or not _wants_gradient(input, hx, weights)):
         recompute = False
+    if recompute and batch_sizes is not None and input.dim() == 3:
+        raise ValueError(
+            "recompute=True takes lengths on the CPU, got them on the device of the input"
+        )
     masks = None
     if dropout > 0 and not recompute:
         masks = _dropout_masks(config, input, weights, dropout)

@@ -16,8 +16,8 @@ States = tuple[Tensor, ...]
 RunPacked = Callable[[Tensor, States, Tensor], tuple[Tensor, States]]
 
 
-def check_lengths(lengths: Tensor, batch: int, steps: int) -> None:
-    """Refuse what no lengths of a (steps, batch) input can be.
+def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
+    """``lengths`` as int64, after refusing what no lengths of a (steps, batch) input can be.
 
     Values on a GPU are not looked at: one above ``steps`` counts as ``steps`` there.
 
@@ -30,10 +30,12 @@ def check_lengths(lengths: Tensor, batch: int, steps: int) -> None:
         raise TypeError(f"lengths must be a tensor of integers, got {got}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+    lengths = lengths.long()  # in 8 bits a number of steps may not exist
     if lengths.is_cpu and batch and not torch.compiler.is_compiling():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > steps:
             raise ValueError(f"lengths must be from 0 to {steps} steps, got {low} to {high}")
+    return lengths
 
 
 def run_ragged(
@@ -45,11 +47,12 @@ def run_ragged(
     """
     first, second, features = input.shape
     steps, batch = (second, first) if batch_first else (first, second)
-    ordered, order = torch.sort(lengths.long(), descending=True, stable=True)
+    ordered, order = torch.sort(lengths, descending=True, stable=True)
     some = int((ordered > 0).sum())
     order, ordered = order[:some], ordered[:some]
-    step, rank = (torch.arange(steps)[:, None] < ordered).nonzero(as_tuple=True)
-    batch_sizes = (torch.arange(steps)[:, None] < ordered).sum(1)
+    alive = torch.arange(steps, device="cpu")[:, None] < ordered
+    step, rank = alive.nonzero(as_tuple=True)
+    batch_sizes = alive.sum(1)
     batch_sizes = batch_sizes[batch_sizes > 0]
     sample = order[rank]
     rows = sample * steps + step if batch_first else step * batch + sample

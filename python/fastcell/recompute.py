@@ -77,8 +77,8 @@ def sequence(
         return output, tuple(states)
     if batch_sizes is not None:
         raise ValueError(
-            "recompute=True takes padded input where the layer is bidirectional, got a "
-            "PackedSequence"
+            "recompute=True takes padded input where the layer is bidirectional, of full length, "
+            "got a PackedSequence or lengths"
         )
     return _both_directions(config, input, hx, weights, dropout)
 
