@@ -423,7 +423,7 @@ class SmallCall {
         batch_(batch),
         batch_first_(batch_first),
         threads_(threads) {
-    if (!api_) throw std::invalid_argument("the exchange API is of another version");
+    if (!api_) throw std::invalid_argument("no exchange API that is known");
     for (const auto& [name, weight] : weights) weights_.emplace_back(name, weight, *api_);
     call_.time = {steps, batch, steps * batch, nullptr};
     fingerprint_ = fingerprint_now();
@@ -668,6 +668,9 @@ PYBIND11_MODULE(_core, m) {
       .def("forward", &BoundStack::forward)
       .def("backward", &BoundStack::backward);
 
+  m.def(
+      "has_exchange_api", [](py::handle capsule) { return exchange_api(capsule) != nullptr; },
+      py::arg("capsule"));
   py::class_<SmallCall>(m, "SmallCall",
                         "A layer's call at one shape, which is likely to come again.")
       .def(py::init<const BoundStack&, const py::object&, py::dict,

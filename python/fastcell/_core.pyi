@@ -201,6 +201,9 @@ class Stream:
         Raises ValueError for no step, or more steps than ``bind`` was told.
         """
 
+def has_exchange_api(capsule: Any) -> bool:
+    """Whether this object is DLPack's exchange API in a version that ``SmallCall`` can use."""
+
 class SmallCall:
     """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them."""
 
@@ -221,7 +224,7 @@ class SmallCall:
     ) -> None:
         """``attributes``: those of the module that must still be the same objects.
 
-        Raises ValueError if the exchange API (a capsule) is of a version that is not known.
+        Raises ValueError if ``has_exchange_api`` does not hold.
         """
 
     def run(
