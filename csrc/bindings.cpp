@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -281,8 +282,8 @@ class BoundStack {
 // little else done, per call. The memory is Python's.
 class BoundStream {
  public:
-  BoundStream(const BoundStack& stack, int64_t batch, int threads)
-      : stack_(stack), batch_(batch), threads_(threads) {}
+  BoundStream(const BoundStack& stack, int64_t batch, bool batch_first, int threads)
+      : stack_(stack), batch_(batch), batch_first_(batch_first), threads_(threads) {}
 
   int64_t workspace_bytes(int64_t steps) const {
     return stack_.forward_workspace(steps, batch_, steps * batch_, false, false, false, threads_);
@@ -290,7 +291,7 @@ class BoundStream {
 
   // states: of each kind (h, and c) a pair, current and next, (L, B, features).
   void bind(Pointer packed, const std::vector<std::pair<Pointer, Pointer>>& states,
-            Pointer workspace, int64_t most_steps) {
+            Pointer workspace, int64_t most_steps, Pointer output) {
     call_ = stack_.inference_call(as(packed), as(workspace));
     if (int(states.size()) > kMaxStates) throw std::invalid_argument("bind: too many states");
     for (size_t i = 0; i < states.size(); ++i) {
@@ -299,13 +300,15 @@ class BoundStream {
     }
     most_steps_ = most_steps;
     scheduled_steps_ = -1;
+    output_ = output;
+    array_rank_ = 0;
   }
 
   // Which of the states' two buffers holds them now.
   int current() const { return current_; }
 
-  // x: (steps, B, I) at these strides, in elements; y: (steps, B, features), dense.
-  void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row, Pointer y) {
+  // x: (steps, B, I) at these strides, in elements.
+  void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row) {
     if (steps < 1 || steps > most_steps_) throw std::invalid_argument("run: too many steps");
     const bool barriers = !crowded();
     if (steps != scheduled_steps_ || barriers != barriers_) {
@@ -315,7 +318,7 @@ class BoundStream {
       barriers_ = barriers;
     }
     call_.x = {as<const char>(x), x_step, x_row, false};
-    call_.y = as(y);
+    call_.y = as(output_);
     stack_.run(call_);
     for (int i = 0; i < kMaxStates; ++i) {
       void* const next = call_.final_state[i];
@@ -325,11 +328,54 @@ class BoundStream {
     current_ ^= 1;
   }
 
+  // The block that has just run was an array of so many dimensions.
+  void remember_array(int rank, int64_t steps) {
+    array_rank_ = rank;
+    array_steps_ = steps;
+  }
+
+  // Runs an array of the remembered one's dtype and shape: true. Else nothing was done. (To look
+  // all that up in Python takes several times as long as a small step.)
+  bool run_array(py::handle array) {
+    if (array_rank_ == 0) return false;
+    Py_buffer view;
+    if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const Stack& s = stack_.stack();
+    const int64_t item = stack_.item_size();
+    const char* const format = s.dtype == DType::kFloat32 ? "f" : "d";
+    int64_t steps = 1, batch = 1, step = 0, row = 0;
+    const int rank = view.ndim;
+    bool like = rank == array_rank_ && view.format && !std::strcmp(view.format, format) &&
+                view.shape[rank - 1] == s.input && view.strides[rank - 1] == item;
+    for (int i = 0; like && i < rank - 1; ++i) {
+      like = view.strides[i] % item == 0;
+      if (rank == 2 || (i == 0) != batch_first_) {
+        steps = view.shape[i];
+        step = view.strides[i] / item;
+      } else {
+        batch = view.shape[i];
+        row = view.strides[i] / item;
+      }
+    }
+    const auto x = reinterpret_cast<Pointer>(view.buf);
+    PyBuffer_Release(&view);
+    if (!like || steps != array_steps_ || batch != batch_) return false;
+    run(x, steps, step, row);
+    return true;
+  }
+
  private:
   BoundStack stack_;
   int64_t batch_;
+  bool batch_first_;
   int threads_;
   ForwardCall call_{};
+  Pointer output_ = 0;
+  int array_rank_ = 0;  // 0: none is remembered
+  int64_t array_steps_ = 0;
   int64_t most_steps_ = 0, scheduled_steps_ = -1;
   bool barriers_ = true;
   int current_ = 0;
@@ -427,7 +473,7 @@ class SmallCall {
         batch_(batch),
         batch_first_(batch_first),
         threads_(threads) {
-    if (!api_) throw std::invalid_argument("the exchange API is of another version");
+    if (!api_) throw std::invalid_argument("no exchange API that is known");
     for (const auto& [name, weight] : weights) weights_.emplace_back(name, weight, *api_);
     call_.time = {steps, batch, steps * batch, nullptr};
     fingerprint_ = fingerprint_now();
@@ -672,6 +718,9 @@ PYBIND11_MODULE(_core, m) {
       .def("forward", &BoundStack::forward)
       .def("backward", &BoundStack::backward);
 
+  m.def(
+      "has_exchange_api", [](py::handle capsule) { return exchange_api(capsule) != nullptr; },
+      py::arg("capsule"));
   py::class_<SmallCall>(m, "SmallCall",
                         "A layer's call at one shape, which is likely to come again.")
       .def(py::init<const BoundStack&, const py::object&, py::dict,
@@ -684,12 +733,14 @@ PYBIND11_MODULE(_core, m) {
       .def("run", &SmallCall::run);
 
   py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")
-      .def(py::init<const BoundStack&, int64_t, int>(), py::arg("stack"), py::arg("batch"),
-           py::arg("threads"))
+      .def(py::init<const BoundStack&, int64_t, bool, int>(), py::arg("stack"), py::arg("batch"),
+           py::arg("batch_first"), py::arg("threads"))
       .def_property_readonly("current", &BoundStream::current)
       .def("workspace_bytes", &BoundStream::workspace_bytes)
       .def("bind", &BoundStream::bind)
-      .def("run", &BoundStream::run);
+      .def("run", &BoundStream::run)
+      .def("remember_array", &BoundStream::remember_array)
+      .def("run_array", &BoundStream::run_array);
 
   m.def("cuda_architectures", &cuda::architectures, "What this build has CUDA kernels for.");
   m.def("cuda_runtime_version", &cuda::runtime_version, "12090 for 12.9; 0 without CUDA.");

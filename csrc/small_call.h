@@ -14,10 +14,12 @@ namespace fastcell {
 
 namespace py = pybind11;
 
-inline const dlpack::ExchangeApi* exchange_api(const py::object& capsule) {
+// Null where there is none to be used: another kind of object, only other major versions, or none
+// that shows a tensor.
+inline const dlpack::ExchangeApi* exchange_api(py::handle capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return nullptr;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
-  if (!api) throw py::error_already_set();
   while (api && api->version.major != 1) api = api->earlier;
   return api && api->view ? api : nullptr;
 }

@@ -16,6 +16,7 @@ from fastcell_bench import accuracy, sweep, sweep_plot
 from fastcell_bench.accuracy import OUTPUT, VARIANTS, Measurement, Pool
 from fastcell_bench.cases import MODES, TABLE_CELLS, TRAINING, Case
 from fastcell_bench.contenders import OURS, Entry
+from support import threads
 from tolerances import accumulation_length, tolerance
 
 SMALL = ["--batch", "3", "--input-size", "5", "--hidden-size", "7", "--seeds", "2"]
@@ -273,3 +274,20 @@ def test_cells_of_the_lstm(tmp_path, capsys):
     assert row["training"].keys() == {"peephole", "coupled", "both"}
     assert all(v["over loop"] > 0 for v in row["inference"].values())
     assert "LSTM:3:2:4:5 training" in capsys.readouterr().out
+
+
+def test_deep_stacks_with_and_without_a_wavefront(tmp_path, capsys):
+    from fastcell_bench import variants
+
+    out = tmp_path / "stacks.json"
+    options = ["--mode", "stacks", "--threads", "2", "--blocks", "2", "--min-time", "0.001"]
+    with threads(2):
+        assert variants.main([*options, "--shape", "GRU:60:1:64:64", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["layers"] for row in found["stacks"]] == [4, 8]
+    for row in found["stacks"]:
+        assert row["layer groups"] == 2
+        assert row["without a wavefront"] > 0
+    assert not found["inference"]
+    assert not found["training"]
+    assert "GRU:60:1:64:64" in capsys.readouterr().out

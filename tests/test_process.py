@@ -544,3 +544,19 @@ def test_no_file_is_left_open():
     for _ in range(20):
         layer(x)
     assert len(list(folder.iterdir())) <= before
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+
+def test_the_import_brings_nothing_heavy():
+    """To a process that has torch: fastcell itself, parts of NumPy and of the standard library."""
+    found = python(
+        "import sys, torch; before = set(sys.modules); import fastcell;"
+        "print(*sorted(set(sys.modules) - before))"
+    ).stdout.split()
+    assert "fastcell" in found
+    expected = {"fastcell", "numpy", *sys.stdlib_module_names}
+    assert not [n for n in found if n.split(".")[0] not in {*expected, "torch"}]
+    compiler = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.onnx")
+    assert not [n for n in found if n.startswith(compiler)]

@@ -100,6 +100,15 @@ def test_a_sample_alone_and_in_any_batch(case, batch):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
+def test_a_sample_alone_for_one_step(case):
+    """A chunk of one row has a projection of its own kind."""
+    problem = Problem(case._replace(T=1))
+    whole = per_sample(run(problem))
+    expected = {name: value[:, 2:3] for name, value in whole.items()}
+    assert_same_bits(per_sample(run(problem.samples([2], "padded"))), expected)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_cut_anywhere_in_time(case):
     """Two calls, the second from the first's final states; gradients flow back through those."""
     case = case._replace(T=23)

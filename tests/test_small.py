@@ -12,7 +12,7 @@ import torch.nn.utils.prune
 
 import fastcell
 from fastcell import _core, packing, small
-from support import assert_equal_bits, threads
+from support import assert_equal_bits, python, threads
 
 pytestmark = pytest.mark.skipif(
     small._EXCHANGE_API is None, reason="this torch has no DLPack exchange API"
@@ -255,3 +255,56 @@ def test_calls_that_never_match_are_remembered_ever_less():
             layer.weight_ih_l0.add_(0.01)  # so that the memory serves no call
             made.append(layer.__dict__["_small"]._call is not None)
     assert sum(made) <= 6
+
+
+PRETEND = """
+import ctypes, sys
+import torch
+
+class Api(ctypes.Structure):
+    pass
+
+Api._fields_ = [
+    ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("earlier", ctypes.POINTER(Api)),
+    ("functions", ctypes.c_void_p * 3), ("view", ctypes.c_void_p),
+]
+names = []
+
+def capsule(api, name=b"dlpack_exchange_api"):
+    names.append(ctypes.c_char_p(name))  # a capsule keeps no copy
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(ctypes.addressof(api), names[-1], None)
+
+first, blind, second = Api(major=1, view=1), Api(major=1), Api(major=2, view=1)
+both = Api(major=2, view=1, earlier=ctypes.pointer(first))
+torch.Tensor.__dlpack_c_exchange_api__ = capsule(second)
+
+import fastcell
+from fastcell import _core, small
+"""
+
+
+def test_an_exchange_api_of_another_version_is_left_alone():
+    python(
+        PRETEND
+        + """
+layer, x = fastcell.LSTM(5, 7), torch.randn(1, 2, 5)
+expected = layer(x)[0]
+with torch.no_grad():
+    for _ in range(4):
+        assert torch.equal(layer(x)[0], expected)
+assert layer.__dict__["_small"]._call is None
+""",
+        PYTHONWARNINGS="error",
+    )
+
+
+@pytest.mark.parametrize(
+    ("api", "usable"),
+    [("capsule(first)", True), ("capsule(both)", True), ("capsule(second)", False),
+     ("capsule(blind)", False), ("capsule(first, b'another')", False), ("None", False)],
+)  # fmt: skip
+def test_which_exchange_apis_are_usable(api, usable):
+    python(PRETEND + f"assert _core.has_exchange_api({api}) is {usable}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastcell
+from fastcell import _core
 
 I, H, T = 5, 19, 40  # noqa: E741
 LAYERS = {
@@ -85,6 +86,70 @@ def test_kinds_and_shapes_of_blocks():
         assert torch.equal(stream(x[0, t]), expected[0, t])
         assert stream(x.numpy()[0, t]).shape == (H,)
         stream.reset([s[:, :] for s in whole(layer, x[:, : t + 1])[1]])
+
+
+BLOCKS = [
+    ("array", 4), ("array", 4), ("tensor", 4), ("array", 4), ("tensor", 2), ("array", 2),
+    ("array", 4), ("strided", 4), ("columns", 4), ("array", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_arrays_that_come_again(batch, batch_first, monkeypatch):
+    """Those take a shorter way; whatever comes between, each block gives what the whole does."""
+    taken = []
+    run_array = _core.Stream.run_array
+
+    def observed(*args):
+        taken.append(run_array(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(_core.Stream, "run_array", observed)
+    layer = fastcell.LSTM(I, H, batch_first=batch_first)
+    x = torch.randn((batch, T, I) if batch_first else (T, batch, I))
+    axis = int(batch_first)
+    expected, _ = whole(layer, x)
+    stream = fastcell.Stream(layer, batch)
+    at, ways = 0, []
+    for kind, size in BLOCKS:
+        block = x.narrow(axis, at, size)
+        if kind != "tensor":
+            block = block.numpy()
+        if kind == "strided":
+            block = np.repeat(block, 2, axis)[(slice(None),) * axis + (slice(None, None, 2),)]
+        if kind == "columns":
+            block = np.asfortranarray(block)
+        taken.clear()
+        heard = stream(block)
+        assert type(heard) is type(block)
+        assert torch.equal(torch.as_tensor(heard), expected.narrow(axis, at, size))
+        ways.append((kind, size, *taken))
+        at += size
+    assert ways == [
+        ("array", 4, False), ("array", 4, True), ("tensor", 4), ("array", 4, True),
+        ("tensor", 2), ("array", 2, False), ("array", 4, False), ("strided", 4, True),
+        ("columns", 4, False), ("array", 4, True),
+    ]  # fmt: skip
+
+
+def test_arrays_that_come_again_are_still_checked():
+    stream = fastcell.Stream(fastcell.GRU(I, H))
+    x = np.ones((2, I), np.float32)
+    for _ in range(3):
+        stream(x)
+    before = stream.state[0]
+    for bad in (
+        x.astype(np.float64), x.astype(">f4"), x[:, 1:], x.astype(np.int32), x[None].repeat(2, 1),
+        np.ones((2, 2, 2, I), np.float32), x.view(np.int32), x[:0], np.float32(1) + np.zeros(()),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            stream(bad)
+    with pytest.raises(TypeError):
+        stream(np.ma.masked_array(x))
+    assert torch.equal(stream.state[0], before)
+    stream.reload()
+    assert stream(x).shape == (2, H)
 
 
 def test_state_goes_in_and_out():

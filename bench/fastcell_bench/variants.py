@@ -1,5 +1,6 @@
 """fastcell against itself: what small weights gain, what recomputation saves and costs, what the
-LSTM's variants cost, beside the Python loop that they replace.
+LSTM's variants cost beside the Python loop that they replace, and what a wavefront over the layers
+of a deep stack gains.
 `python -m fastcell_bench.variants`
 
 Blocks of the variants alternate in one process: they share one pool of threads, which does not spin
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 import fastcell
+from fastcell.cells import CELL_OF_MODE
+from fastcell.plan import Config, bound_stack
 from fastcell_bench.cases import TABLE, parse_shape
 from fastcell_bench.cli import positive, whole
 
@@ -31,7 +34,10 @@ Inference: a layer in float32, in bfloat16, and quantized to bfloat16 and int8; 
 faster than float32. Training in float32: with and without recompute=True, the time of a step and
 what it keeps for the backward pass, beside what torch.nn's layer keeps. Cells: the LSTM with
 peepholes, with coupled gates and with both, as times of the plain one's; and how many times faster
-each is than a Python loop over torch's operations, the way to write it without kernels."""
+each is than a Python loop over torch's operations, the way to write it without kernels. Stacks:
+inference of 4 and 8 layers as the schedule's model has it, and without a wavefront over layers."""
+
+_DEEP = [(cell, 100, 1, H, H) for cell in ("LSTM", "GRU") for H in (64, 128, 256, 512)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--shape", action="append", default=[], metavar="CELL:T:B:I:H", help="(the table's)"
     )
     result.add_argument(
-        "--mode", choices=["inference", "training", "cells", "both", "all"], default="both"
+        "--mode",
+        choices=["inference", "training", "cells", "stacks", "both", "all"],
+        default="both",
     )
     result.add_argument("--threads", type=whole, metavar="N", help="default: torch's")
     result.add_argument("--blocks", type=whole, default=9, metavar="N", help="(9)")
@@ -77,12 +85,14 @@ def gain(first: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, other, strict=True))
 
 
-def make(library: Any, cell: str, inputs: int, hidden: int) -> torch.nn.RNNBase:
+def make(
+    library: Any, cell: str, inputs: int, hidden: int, num_layers: int = 1
+) -> torch.nn.RNNBase:
     """A layer with its random weights."""
     if cell == "RNN_RELU":
-        layer = library.RNN(inputs, hidden, nonlinearity="relu")
+        layer = library.RNN(inputs, hidden, num_layers, nonlinearity="relu")
     else:
-        layer = getattr(library, cell)(inputs, hidden)
+        layer = getattr(library, cell)(inputs, hidden, num_layers)
     assert isinstance(layer, torch.nn.RNNBase)
     return layer
 
@@ -206,20 +216,50 @@ def cells(shape: tuple[str, int, int, int, int], blocks: int, min_time: float) -
     return row
 
 
+def stacks(
+    shape: tuple[str, int, int, int, int], layers: int, blocks: int, min_time: float
+) -> dict[str, Any]:
+    """Inference of a stack of layers, and the same without a wavefront."""
+    cell, steps, batch, inputs, hidden = shape
+    layer = make(fastcell, cell, inputs, hidden, num_layers=layers).requires_grad_(False)
+    x = torch.randn(steps, batch, inputs)
+    config = Config(CELL_OF_MODE[layer.mode], layers, False, True, False)
+    weights = [getattr(layer, name) for name in layer._flat_weights_names]
+    stack = bound_stack(config, x, weights)  # the object that the calls below use
+    ways = [
+        stack.explain(steps, batch, steps * batch, 0, torch.get_num_threads(), wavefront)
+        for wavefront in (True, False)
+    ]
+
+    def ordinary() -> None:
+        stack.force_schedule(*ways[1])
+        layer(x)
+        stack.force_schedule(0, 0, 0, 1)
+
+    with torch.no_grad():
+        chosen, other = alternate([lambda: layer(x), ordinary], blocks, min_time)
+    return {
+        "chosen": statistics.median(chosen),
+        "layer groups": ways[0][3],
+        "without a wavefront": gain(other, chosen),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; 0, or 2 for bad options."""
     command = parser()
     options = command.parse_args(argv)
     try:
-        shapes = [parse_shape(text) for text in options.shape] or list(TABLE)
+        given = [parse_shape(text) for text in options.shape]
     except ValueError as error:
         command.error(str(error))
+    shapes = given or list(TABLE)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     document: dict[str, Any] = {
         "fastcell": fastcell.info(), "threads": torch.get_num_threads(), "inference": [],
-        "training": [], "cells": [],
+        "training": [], "cells": [], "stacks": [],
     }  # fmt: skip
     print(f"fastcell {fastcell.__version__}, {torch.get_num_threads()} threads")
     if options.mode in ("inference", "both", "all"):
@@ -258,6 +298,18 @@ def main(argv: list[str] | None = None) -> int:
                 texts = [f"{v['of plain']:.2f} ({v['over loop']:.1f}x)" for v in found.values()]
                 label = f"{':'.join(map(str, shape))} {mode}"
                 print(f"{label:32}" + "".join([f"{text:>18}" for text in texts]), flush=True)
+    if options.mode in ("stacks", "all"):
+        print("\ninference of deep stacks: groups of layers, and the time without a wavefront")
+        print(f"{'':22}{'layers':>8}{'µs':>10}{'groups':>8}{'without':>10}")
+        for shape in given or _DEEP:
+            for layers in (4, 8):
+                row = stacks(shape, layers, options.blocks, options.min_time)
+                document["stacks"].append({"shape": shape, "layers": layers, **row})
+                print(
+                    f"{':'.join(map(str, shape)):22}{layers:8}{row['chosen'] * 1e6:10.4g}"
+                    f"{row['layer groups']:8}{row['without a wavefront']:9.2f}x",
+                    flush=True,
+                )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(document, file, indent=2)

@@ -488,9 +488,42 @@ class Forward {
            (r - sums_first) * w.h.blocks(p) * (G + A) * lanes;
   }
 
+  struct Rows {
+    int64_t b;  // samples [b, b + n) of one step
+    int n;
+    int64_t first;       // row of the step's sample 0
+    int64_t alive_next;  // samples that go on
+  };
+
+  // Whether a step is one sample: then panels go several at a time.
+  bool one_sample() const { return place.b1 - place.b0 == 1; }
+
+  // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, in the order of
+  // Share::for_each.
+  template <class F>
+  FASTCELL_INLINE void for_panels(bool backwards, F f) const {
+    const Share share = this->share();  // one tile of rows: a unit is a panel
+    if (share.begin >= share.end) return;
+    const bool narrow = w.h.vectors(share.end - 1) < w.h.vectors(0);  // the last may be
+    const int64_t end = share.end - narrow;
+    if (backwards && narrow) f(end, 1);
+    // As many each, nearly: the last ones would be alone.
+    const int64_t count = end - share.begin, turns = (count + kAtOnce - 1) / kAtOnce;
+    const int64_t each = turns > 1 ? (count + turns - 1) / turns : count;
+    for (int64_t done = 0, n; done < count; done += n) {
+      n = count - done < each ? count - done : each;
+      f(backwards ? end - done - n : share.begin + done, int(n));
+    }
+    if (!backwards && narrow) f(end, 1);
+  }
+
   // Input projections of the steps [t0, t1) into the buffer.
   void project(int64_t t0, int64_t t1) {
     if (x_prepared) prepare_x(t0, t1);
+    if (one_sample() && t1 - t0 == 1) {
+      if (place.b0 < time.alive(t0)) project_one(t0);
+      return;
+    }
     share().for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
       for_row_blocks(time, t0, t1, b0, b1, [&](const Row* rows, int n) {
         const Element* a[kRowBlock];
@@ -515,6 +548,55 @@ class Forward {
                         w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
   }
 
+  // The same of one step of one sample.
+  void project_one(int64_t t) {
+    const int64_t r = time.first(t) + place.b0;
+    const Element* const a = x_row(t, place.b0, r, sums_first);
+    for_panels(false, [&](int64_t p, int n) {
+      const int64_t unit = w.x.first_unit(p);
+      T* to[kAtOnce];
+      for (int i = 0; i < n; ++i) {
+        to[i] = sums_row(p + i, r);
+        for (int j = 0; j < A; ++j) {
+          V::load(w.h_bias + w.x.first_unit(p + i) * A + j * lanes).store(to[i] + (G + j) * lanes);
+        }
+      }
+      Precision::multiply_one(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
+                              w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
+    });
+  }
+
+  // A step of one sample, whose sums are begun.
+  void step_one(const Rows& rows, const T* h_before, T* h_after, bool backwards) {
+    const int64_t r = rows.first + rows.b;
+    const Element* const a = state_row(h_before, h_stride, rows.b);
+    for_panels(backwards, [&](int64_t p, int n) {
+      T* sums[kAtOnce];
+      T* to[kAtOnce];
+      for (int i = 0; i < n; ++i) {
+        sums[i] = sums_row(p + i, r);
+        to[i] = sums[i] + A * lanes;
+      }
+      Precision::multiply_one(a, to, n, Packed::panel(w.h, w.h_weights, p),
+                              w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
+                              nullptr);
+      for (int i = 0; i < n; ++i) finish_panel(p + i, sums[i], 0, rows, h_before, h_after);
+    });
+  }
+
+  // The cell's maths for one panel and some samples.
+  FASTCELL_INLINE void finish_panel(int64_t p, const T* from, int64_t width, const Rows& rows,
+                                    const T* h_before, T* h_after) {
+    for (int i = 0; i < w.h.blocks(p); ++i, from += (G + A) * lanes) {
+      const int64_t unit = w.h.first_unit(p) + i * lanes;
+      if (s.hidden - unit >= lanes) {
+        finish(unit, lanes, from, width, rows, h_before, h_after);
+      } else {
+        finish(unit, int(s.hidden - unit), from, width, rows, h_before, h_after);
+      }
+    }
+  }
+
   void step(int64_t t, const T* h_before, T* h_after, bool backwards) {
     const int64_t alive = time.alive(t), first = time.first(t);
     const int64_t alive_next =
@@ -523,6 +605,11 @@ class Forward {
     int64_t panels_done = 0;
     if (!hoisted && x_prepared) prepare_x(t, t + 1);
     prepare_state(h_before, h_stride, s.output, alive);
+    if (hoisted && one_sample()) {
+      const int64_t b = place.b0;
+      if (b < alive) step_one({b, 1, first, alive_next}, h_before, h_after, backwards);
+      return;
+    }
     share.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
       if (!hoisted) prefetch_input(reverse ? t - 1 : t + 1, panels_done++, share.panels());
       if (b1 > alive) b1 = alive;
@@ -548,16 +635,7 @@ class Forward {
         }
         Precision::multiply(a, to, n, Packed::panel(w.h, w.h_weights, p),
                             w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth, nullptr);
-        for (int i = 0; i < w.h.blocks(p); ++i) {
-          const int64_t unit = w.h.first_unit(p) + i * lanes;
-          const Rows rows{b, n, first, alive_next};
-          const T* from = sums_begin + i * (G + A) * lanes;
-          if (s.hidden - unit >= lanes) {
-            finish(unit, lanes, from, width, rows, h_before, h_after);
-          } else {
-            finish(unit, int(s.hidden - unit), from, width, rows, h_before, h_after);
-          }
-        }
+        finish_panel(p, sums_begin, width, Rows{b, n, first, alive_next}, h_before, h_after);
       }
     });
   }
@@ -573,13 +651,6 @@ class Forward {
       for (int64_t k = columns.begin; k < columns.end; k += 64) __builtin_prefetch(row + k, 0, 2);
     }
   }
-
-  struct Rows {
-    int64_t b;  // samples [b, b + n) of one step
-    int n;
-    int64_t first;       // row of the step's sample 0
-    int64_t alive_next;  // samples that go on
-  };
 
   // The cell's maths for some samples and one block of units. Inlined twice: for a whole block,
   // `valid` is a constant.

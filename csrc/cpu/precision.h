@@ -47,6 +47,14 @@ struct Exact {
                                        const T*, int vectors, int64_t depth, const T* init) {
     multiply_panel<Plain<T>>(a, c, rows, panel, vectors, depth, Vec<T>::lanes, init);
   }
+
+  // One row by `panels` <= kAtOnce panels of one width that follow one another, as do their scales
+  // and what the sums begin with.
+  static FASTCELL_INLINE void multiply_one(const T* a, T* const* c, int panels, const T* panel,
+                                           const T*, int vectors, int64_t depth, const T* init) {
+    const int64_t step = depth * vectors * Vec<T>::lanes;
+    multiply_across<Plain<T>>(a, c, panels, panel, step, vectors, depth, Vec<T>::lanes, init);
+  }
 };
 
 // Packs a matrix whose elements are smaller than a float: groups of k are moved as one float is.
@@ -248,6 +256,20 @@ struct BFloat16 {
 #endif
     multiply_panel<BFloat16Widened>(a, c, rows, panel, vectors, depth, Vec<float>::lanes, init);
   }
+
+  static FASTCELL_INLINE void multiply_one(const Element* a, float* const* c, int panels,
+                                           const Element* panel, const float*, int vectors,
+                                           int64_t depth, const float* init) {
+    constexpr int lanes = Vec<float>::lanes;
+    const int64_t step = depth * vectors * lanes * group;
+#if defined(__AVX512F__)
+    if (bfloat16_dots) {
+      multiply_across<BFloat16Dots>(a, c, panels, panel, step, vectors, depth, lanes, init);
+      return;
+    }
+#endif
+    multiply_across<BFloat16Widened>(a, c, panels, panel, step, vectors, depth, lanes, init);
+  }
 };
 
 // Weights in 8 bits with a scale per column; rows in 8 bits with a scale of their own, the largest
@@ -342,6 +364,15 @@ struct Int8 {
         fma(value, scale * V::load(scales + v * V::lanes), V::load(from + v * V::lanes))
             .store(c[i] + v * V::lanes);
       }
+    }
+  }
+
+  static FASTCELL_INLINE void multiply_one(const Element* a, float* const* c, int panels,
+                                           const Element* panel, const float* scales, int vectors,
+                                           int64_t depth, const float* init) {
+    const int64_t width = int64_t(vectors) * Vec<float>::lanes;
+    for (int i = 0; i < panels; ++i, panel += depth * width * group, scales += width) {
+      multiply(&a, c + i, 1, panel, scales, vectors, depth, init ? init + i * width : nullptr);
     }
   }
 };

@@ -13,7 +13,7 @@ constexpr double kNearestBandwidth = 300.0;  // weights in the core's nearest ca
 constexpr double kNearBandwidth = 150.0;     // weights in the core's own cache
 constexpr double kFarBandwidth = 30.0;       // weights in the shared cache
 constexpr double kStep = 150.0;              // of loops and pointers, per step
-constexpr double kBarrier = 400.0;           // per step; plus a little for every thread
+constexpr double kBarrier = 250.0;           // per step; plus a little for every thread
 constexpr double kBarrierPerThread = 30.0;
 constexpr double kWake = 4000.0;  // a team's start and end, per call
 constexpr int kTileRows = 6;
@@ -53,9 +53,16 @@ struct Model {
     const double share = ceiling(units, schedule.unit_threads) / (units > 0 ? units : 1);
 
     const double weights = columns * double(s.output) * item * share;
-    const double bandwidth = weights <= kNearestCache              ? kNearestBandwidth
-                             : weights <= 0.75 * own_cache_bytes() ? kNearBandwidth
-                                                                   : kFarBandwidth;
+    // What comes past between two readings of a weight: in a wavefront all that its group's layers
+    // have, since they take turns.
+    double between = weights;
+    if (schedule.layer_groups > 1) {
+      const double layers = ceiling(s.layers, schedule.layer_groups);
+      between *= layers * double(s.output + s.layer_input(1)) / double(s.output);
+    }
+    const double bandwidth = between <= kNearestCache             ? kNearestBandwidth
+                             : between <= 0.7 * own_cache_bytes() ? kNearBandwidth
+                                                                  : kFarBandwidth;
     double step = rows * columns * double(s.output) * share / rate;
     if (weights / bandwidth > step) step = weights / bandwidth;
     step += kStep;

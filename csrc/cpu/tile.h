@@ -137,4 +137,72 @@ FASTCELL_INLINE void multiply_panel(const typename P::Element* const* a, typenam
   } while (k < depth);
 }
 
+// Panels that a single row passes over at once. One alone would keep the FMA units waiting for its
+// sums, and the gates that follow them would wait, too; those of several overlap. (More of them
+// leave nothing in the nearest cache for the next step.)
+constexpr int kAtOnce = 3;
+
+// One chain of one row over W panels, `step` elements apart: c[w] += a times the panel, or init +
+// that (init: [W][N vectors]). An element's sum is the one that tile() makes.
+template <class P, int W, int N>
+void tile_across(const typename P::Element* a, const typename P::Element* panel, int64_t step,
+                 int64_t count, typename P::Sum* const* c, int64_t c_step,
+                 const typename P::Sum* init) {
+  using V = Vec<typename P::Sum>;
+  V acc[W][N];
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[w][n] = V(0);
+  }
+  for (int64_t k = 0; k < count; ++k, panel += N * V::lanes * P::group) {
+#pragma GCC unroll 4
+    for (int part = 0; part < P::parts; ++part) {
+      const auto x = P::row(a + k * P::group, part);
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          acc[w][n] =
+              P::add(x, P::columns(panel + w * step + n * V::lanes * P::group, part), acc[w][n]);
+        }
+      }
+    }
+  }
+  const int64_t init_step = init ? V::lanes : c_step;
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+    const auto* const from = init ? init + w * N * V::lanes : c[w];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      (V::load(from + n * init_step) + acc[w][n]).store(c[w] + n * c_step);
+    }
+  }
+}
+
+// multiply_panel() of one row and `panels` <= kAtOnce panels of one width that follow one another.
+template <class P, int W = kAtOnce, int N = kMaxVectors>
+FASTCELL_INLINE void multiply_across(const typename P::Element* a, typename P::Sum* const* c,
+                                     int panels, const typename P::Element* panel, int64_t step,
+                                     int vectors, int64_t depth, int64_t c_step,
+                                     const typename P::Sum* init) {
+  if constexpr (N > 1) {
+    if (vectors < N) {
+      return multiply_across<P, W, N - 1>(a, c, panels, panel, step, vectors, depth, c_step, init);
+    }
+  }
+  if constexpr (W > 1) {
+    if (panels < W) {
+      return multiply_across<P, W - 1, N>(a, c, panels, panel, step, vectors, depth, c_step, init);
+    }
+  }
+  int64_t k = 0;
+  do {
+    const int64_t count = depth - k < kChain ? depth - k : kChain;
+    tile_across<P, W, N>(a + k * P::group, panel + k * N * Vec<typename P::Sum>::lanes * P::group,
+                         step, count, c, c_step, k == 0 ? init : nullptr);
+    k += count;
+  } while (k < depth);
+}
+
 }  // namespace fastcell::FASTCELL_ISA

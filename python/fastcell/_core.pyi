@@ -182,7 +182,7 @@ class Stack:
 class Stream:
     """A stack that is fed block by block; the caller keeps the memory alive."""
 
-    def __init__(self, stack: Stack, batch: int, threads: int) -> None: ...
+    def __init__(self, stack: Stack, batch: int, batch_first: bool, threads: int) -> None: ...
     @property
     def current(self) -> int:
         """Which of the two buffers of each state holds it now."""
@@ -191,15 +191,31 @@ class Stream:
         """Bytes needed at ``workspace`` for blocks of up to ``steps`` steps."""
 
     def bind(
-        self, packed: int, states: Sequence[tuple[int, int]], workspace: int, most_steps: int, /
+        self,
+        packed: int,
+        states: Sequence[tuple[int, int]],
+        workspace: int,
+        most_steps: int,
+        output: int,
+        /,
     ) -> None:
-        """Set the memory: packed weights, two buffers (L, B, features) per state, workspace."""
+        """Set the memory: packed weights, two buffers (L, B, features) per state, workspace, output
+        (T, B, features)."""
 
-    def run(self, x: int, steps: int, x_step: int, x_row: int, y: int, /) -> None:
+    def run(self, x: int, steps: int, x_step: int, x_row: int, /) -> None:
         """Run a block; the states move to the other buffers.
 
         Raises ValueError for no step, or more steps than ``bind`` was told.
         """
+
+    def remember_array(self, rank: int, steps: int, /) -> None:
+        """What ``run_array`` will take, until ``bind`` is called."""
+
+    def run_array(self, array: Any, /) -> bool:
+        """Run a NumPy array, if it is like the remembered one; False: nothing was done."""
+
+def has_exchange_api(capsule: Any) -> bool:
+    """Whether this object is DLPack's exchange API in a version that ``SmallCall`` can use."""
 
 class SmallCall:
     """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them."""
@@ -221,7 +237,7 @@ class SmallCall:
     ) -> None:
         """``attributes``: those of the module that must still be the same objects.
 
-        Raises ValueError if the exchange API (a capsule) is of a version that is not known.
+        Raises ValueError if ``has_exchange_api`` does not hold.
         """
 
     def run(

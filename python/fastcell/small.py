@@ -5,7 +5,8 @@ that. A layer that is called so twice in a row remembers the call (``_core.Small
 one is compared with it in C++: attributes, weights (objects, versions, memory, fingerprint), sizes,
 dtype. Whatever differs goes the ordinary way, where it is refused or run.
 
-It needs torch 2.10, whose DLPack exchange API shows a tensor's memory in a few nanoseconds.
+It needs torch 2.10, whose DLPack exchange API shows a tensor's memory in a few nanoseconds. Without
+it, or with one of another major version, every call goes the ordinary way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from . import _core, packing, transforms
 from .cpu import DTYPES, scratch
 from .plan import Config, plan_for
 
+# Asked once, here: a call that is to be remembered has run already, and must not fail for this.
 _EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if not _core.has_exchange_api(_EXCHANGE_API):
+    _EXCHANGE_API = None
 _MOST_ROWS = 64  # from there on the kernels take longer than the checks
 # What decides how a layer is run, beside its weights.
 _ATTRIBUTES = (

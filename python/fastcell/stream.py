@@ -104,7 +104,9 @@ class Stream:
         if self._steps == 0:
             self.dtype = dtype
             self._plan = plan
-            self._bound = _core.Stream(plan.stack, self._batch_size, self._threads)
+            self._bound = _core.Stream(
+                plan.stack, self._batch_size, self._batch_first, self._threads
+            )
             shapes = [(plan.stacked, self._batch_size, size) for size in plan.state_sizes]
             with torch.inference_mode(False):  # to be changed in place later, wherever that is
                 self._states = [
@@ -129,14 +131,15 @@ class Stream:
                 steps, self._batch_size, self._plan.width, dtype=self.dtype, device="cpu"
             )
             self._output = output, output.numpy()
-            self._output_pointer = output.data_ptr()
             # Views of the buffer: making one would take longer than a small step.
             self._views: dict[tuple[int, int, int], Tensor | NDArray[np.floating]] = {}
+            self._heard: Tensor | NDArray[np.floating]  # what an array like the last one gives
         self._bound.bind(
             self._packed.data_ptr(),
             [(a.data_ptr(), b.data_ptr()) for a, b in self._states],
             self._workspace.data_ptr(),
             self._steps,
+            self._output[0].data_ptr(),
         )
 
     @property
@@ -183,6 +186,8 @@ class Stream:
             state.copy_(value.detach())
 
     def __call__(self, input: Block) -> Block:
+        if type(input) is np.ndarray and self._bound.run_array(input):
+            return cast(Block, self._heard)
         if isinstance(input, Tensor):
             kind, item = 0, 1
             if input.dtype is not self.dtype or not input.is_cpu:
@@ -223,10 +228,13 @@ class Stream:
             self._reserve(steps)
         elif steps < 1:
             self._refuse(shape)
-        self._bound.run(pointer, steps, step // item, row // item, self._output_pointer)
+        self._bound.run(pointer, steps, step // item, row // item)
         view = self._views.get((kind, rank, steps))
         if view is None:
             view = self._views[kind, rank, steps] = self._view(kind, rank, steps)
+        if kind == 1:
+            self._heard = view
+            self._bound.remember_array(rank, steps)
         return cast(Block, view)
 
     def _view(self, kind: int, rank: int, steps: int) -> Tensor | NDArray[np.floating]:
