@@ -53,7 +53,7 @@ function(fastcell_cuda target)
   target_include_directories(cuda_host PRIVATE ${source})
   target_include_directories(cuda_host SYSTEM PRIVATE ${FASTCELL_CUDA_INCLUDES})
 
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:cuda_host>)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:cuda_host> ${source}/cuda/inflate.cpp)
   target_compile_definitions(${target} PRIVATE FASTCELL_HAVE_CUDA)
   target_include_directories(${target} SYSTEM PRIVATE ${FASTCELL_CUDA_INCLUDES})
   target_link_libraries(${target} PRIVATE ${FASTCELL_CUDA_LIBRARY} dl rt pthread)

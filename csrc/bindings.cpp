@@ -745,6 +745,16 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_architectures", &cuda::architectures, "What this build has CUDA kernels for.");
   m.def("cuda_runtime_version", &cuda::runtime_version, "12090 for 12.9; 0 without CUDA.");
   m.def(
+      "cuda_images",
+      [] {
+        py::list found;
+        for (const auto& [architecture, image] : cuda::images()) {
+          found.append(py::make_tuple(architecture, py::bytes(image)));
+        }
+        return found;
+      },
+      "(architecture, machine code or PTX) of every CUDA module inside.");
+  m.def(
       "cuda_report", [] { return std::string(cuda::report_json()); },
       "What the compiler said of the CUDA kernels, as JSON.");
   bind_cuda(m);

@@ -108,6 +108,17 @@ ptxas info    : Compiling entry function '_Z1hv' for 'sm_90a'
     assert "never referenced" in rest[0]
 
 
+def test_the_images_are_what_the_compiler_wrote(report):
+    sizes = dict.fromkeys(report, 0)
+    for architecture, image in _core.cuda_images():
+        sizes[architecture] += len(image)
+        if architecture.startswith("sm_"):
+            assert image.startswith(b"\x7fELF"), architecture
+        else:
+            assert b".target sm_100" in image[:2000], architecture
+    assert sizes == {architecture: found["bytes"] for architecture, found in report.items()}
+
+
 def test_the_extension_is_not_too_large():
     assert Path(_core.__file__).stat().st_size < 40e6
 

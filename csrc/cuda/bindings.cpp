@@ -33,6 +33,8 @@ void bind_cuda(py::module_& module) {
       .def(py::init([](int device, const std::string& cell, const std::string& products,
                        bool backward, long long steps, long long batch, int hidden, int output,
                        int directions, bool projected, const std::string& wanted) {
+             // A plan may load kernels, for which whoever unpacks them takes the GIL.
+             const py::gil_scoped_release release;
              return cuda::choose_plan(
                  device, cell, products,
                  {backward, steps, batch, hidden, output, directions, projected}, wanted);
@@ -92,7 +94,10 @@ void bind_cuda(py::module_& module) {
   module.def(
       "cuda_limits",
       [](int device) {
-        const cuda::Limits found = cuda::limits(device);
+        const cuda::Limits found = [&] {
+          const py::gil_scoped_release release;
+          return cuda::limits(device);
+        }();
         py::dict d;
         d["capability"] = found.capability;
         d["multiprocessors"] = found.multiprocessors;

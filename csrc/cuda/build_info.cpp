@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "embedded.h"
+#include "inflate.h"
 #endif
 
 namespace fastcell::cuda {
@@ -21,6 +22,15 @@ std::vector<std::string> architectures() {
 
 int runtime_version() { return CUDART_VERSION; }
 
+std::vector<std::pair<std::string, std::string>> images() {
+  std::vector<std::pair<std::string, std::string>> found;
+  for (std::size_t i = 0; i < embedded_module_count; ++i) {
+    const EmbeddedModule& module = embedded_modules[i];
+    found.emplace_back(module.architecture, inflate(module.image, module.bytes));
+  }
+  return found;
+}
+
 const char* report_json() { return embedded_report; }
 
 #else
@@ -28,6 +38,8 @@ const char* report_json() { return embedded_report; }
 std::vector<std::string> architectures() { return {}; }
 
 int runtime_version() { return 0; }
+
+std::vector<std::pair<std::string, std::string>> images() { return {}; }
 
 const char* report_json() { return "{}"; }
 

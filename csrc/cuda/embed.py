@@ -1,9 +1,14 @@
-"""Writes the C++ source that holds the compiled kernels: see embedded.h."""
+"""Writes the C++ source that holds the compiled kernels: see embedded.h.
+
+Images are compressed, to a third or less of their size; inflate.h unpacks them where they are
+loaded.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,14 +38,21 @@ def blob(label: str, file: Path) -> list[str]:
     ]
 
 
+def compressed(image: Path) -> Path:
+    packed = image.with_name(image.name + ".z")
+    packed.write_bytes(zlib.compress(image.read_bytes(), 9))
+    return packed
+
+
 def write(file: Path, modules: list[Module], report: Path) -> None:
     lines = [
         "// Written by csrc/cuda/compile.py.",
         '#include "cuda/embedded.h"',
         "",
     ]
-    for index, module in enumerate(modules):
-        lines += blob(f"fastcell_cuda_module_{index}", module.image)
+    packed = [compressed(module.image) for module in modules]
+    for index, image in enumerate(packed):
+        lines += blob(f"fastcell_cuda_module_{index}", image)
     lines += [
         *blob("fastcell_cuda_report", report),
         "namespace fastcell::cuda {",
@@ -58,7 +70,7 @@ def write(file: Path, modules: list[Module], report: Path) -> None:
         virtual = str(module.architecture.startswith("compute_")).lower()
         lines.append(
             f'    {{"{module.architecture}", {module.capability}, {exact}, {virtual}, '
-            f"fastcell_cuda_module_{index}, {module.image.stat().st_size}, kernels_{index}, "
+            f"fastcell_cuda_module_{index}, {packed[index].stat().st_size}, kernels_{index}, "
             f"{len(module.symbols)}}},"
         )
     lines += [

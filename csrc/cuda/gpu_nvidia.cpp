@@ -13,6 +13,7 @@
 
 #include "embedded.h"
 #include "gpu.h"
+#include "inflate.h"
 
 namespace fastcell::cuda {
 namespace {
@@ -239,8 +240,9 @@ cudaLibrary_t load(const Device& device, const EmbeddedModule& module) {
   auto& libraries = everything().libraries;
   const auto found = libraries.find(&module);
   if (found != libraries.end()) return found->second;
+  const std::string image = inflate(module.image, module.bytes);  // the driver makes a copy
   cudaLibrary_t library = nullptr;
-  check(cudaLibraryLoadData(&library, module.image, nullptr, nullptr, 0, nullptr, nullptr, 0),
+  check(cudaLibraryLoadData(&library, image.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
         device.index, std::string("loading kernels for ") + module.architecture);
   libraries.emplace(&module, library);
   return library;

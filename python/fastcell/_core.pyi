@@ -267,6 +267,9 @@ def cuda_runtime_version() -> int:
 def cuda_report() -> str:
     """What the compiler said of the CUDA kernels, by architecture, as JSON; ``{}`` without CUDA."""
 
+def cuda_images() -> list[tuple[str, bytes]]:
+    """(architecture, machine code or PTX) of every CUDA module inside, unpacked."""
+
 def cuda_cell(name: str) -> tuple[int, int, int, int, int]:
     """(gates, apart, states, saved, parameters) of a cell: the traits of csrc/cells/README.md."""
 

@@ -212,8 +212,8 @@ class Layer {
       side.projection = work[d].projection.data();
       side.gates = own.gates.data();
       side.apart_bias = given.apart_bias.data();
-      side.carry[0] = own.h.data();
-      side.carry[1] = wrong == Wrong::kStates ? own.h.data() : own.c.data();
+      side.carry[0] = wrong == Wrong::kStates ? own.c.data() : own.h.data();
+      side.carry[1] = own.c.data();
       side.exchange = work[wrong == Wrong::kExchange ? 0 : d].exchange.data();
       side.exchange_projected = work[d].exchange_projected.data();
       side.cells = own.cells.data();
@@ -315,7 +315,7 @@ int main(int count, char** arguments) {
   }
   if (argument == "states") {  // one block's threads write h and c to one place
     wrong = Wrong::kStates;
-    Layer<Float32>({"lstm", 8, 5, 1, 16, false, 1}, "float32").forward("step");
+    Layer<Float32>({"lstm", 8, 6, 1, 16, false, 1}, "float32").forward("step");
     return 0;
   }
   // More units than a block can have, more samples than a block may have.
