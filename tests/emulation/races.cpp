@@ -1,5 +1,13 @@
 // The CUDA kernels as threads of this machine, without Python: for ThreadSanitizer, and to see that
 // a layer has the same results in every place (step, grid, cluster).
+//
+// Defects that were put into the kernels, one at a time, and that it was seen to report: no barrier
+// of the block after the parts of k, before publishing, after the flags, at the begin; a relaxed
+// acquire, a relaxed release, a flag set before the barrier; no cluster barrier where h is sent or
+// at the begin, or the block's in its place; one slot of the exchange for reading and writing, in
+// each pass and place; waiting for one publication too few, for one's own flag alone, not at all
+// before the projection. Not reported: no cluster barrier at the end, since the emulated blocks'
+// shared memory lives on after them.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
