@@ -286,8 +286,8 @@ def test_deep_stacks_with_and_without_a_wavefront(tmp_path, capsys):
     found = json.loads(out.read_text())
     assert [row["layers"] for row in found["stacks"]] == [4, 8]
     for row in found["stacks"]:
-        assert row["layer groups"] == 2
-        assert row["without a wavefront"] > 0
+        assert row["chosen"] == "wavefront"
+        assert min(row["wavefront"], row["without"], row["gain"]) > 0
     assert not found["inference"]
     assert not found["training"]
     assert "GRU:60:1:64:64" in capsys.readouterr().out

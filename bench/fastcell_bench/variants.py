@@ -35,7 +35,8 @@ faster than float32. Training in float32: with and without recompute=True, the t
 what it keeps for the backward pass, beside what torch.nn's layer keeps. Cells: the LSTM with
 peepholes, with coupled gates and with both, as times of the plain one's; and how many times faster
 each is than a Python loop over torch's operations, the way to write it without kernels. Stacks:
-inference of 4 and 8 layers as the schedule's model has it, and without a wavefront over layers."""
+inference of 4 and 8 layers as a wavefront over groups of layers, and without; and which of the two
+the schedule's model chooses."""
 
 _DEEP = [(cell, 100, 1, H, H) for cell in ("LSTM", "GRU") for H in (64, 128, 256, 512)]
 
@@ -219,29 +220,37 @@ def cells(shape: tuple[str, int, int, int, int], blocks: int, min_time: float) -
 def stacks(
     shape: tuple[str, int, int, int, int], layers: int, blocks: int, min_time: float
 ) -> dict[str, Any]:
-    """Inference of a stack of layers, and the same without a wavefront."""
+    """Inference of a stack as a wavefront and without one, and which of them the model chooses."""
     cell, steps, batch, inputs, hidden = shape
     layer = make(fastcell, cell, inputs, hidden, num_layers=layers).requires_grad_(False)
     x = torch.randn(steps, batch, inputs)
     config = Config(CELL_OF_MODE[layer.mode], layers, False, True, False)
     weights = [getattr(layer, name) for name in layer._flat_weights_names]
     stack = bound_stack(config, x, weights)  # the object that the calls below use
-    ways = [
-        stack.explain(steps, batch, steps * batch, 0, torch.get_num_threads(), wavefront)
-        for wavefront in (True, False)
-    ]
+    threads = torch.get_num_threads()
 
-    def ordinary() -> None:
-        stack.force_schedule(*ways[1])
+    # Not while a way is forced: that would be the answer.
+    def choice(wavefront: bool) -> tuple[int, ...]:
+        chosen: tuple[int, ...] = stack.explain(steps, batch, steps * batch, 0, threads, wavefront)
+        return chosen
+
+    def run(way: tuple[int, ...]) -> None:
+        stack.force_schedule(*way)
         layer(x)
-        stack.force_schedule(0, 0, 0, 1)
 
-    with torch.no_grad():
-        chosen, other = alternate([lambda: layer(x), ordinary], blocks, min_time)
+    groups, ordinary = min(threads, layers), choice(False)
+    try:
+        with torch.no_grad():
+            wave, other = alternate(
+                [lambda: run((1, 1, 1, groups)), lambda: run(ordinary)], blocks, min_time
+            )
+    finally:
+        stack.force_schedule(0, 0, 0, 1)
     return {
-        "chosen": statistics.median(chosen),
-        "layer groups": ways[0][3],
-        "without a wavefront": gain(other, chosen),
+        "wavefront": statistics.median(wave),
+        "without": statistics.median(other),
+        "gain": gain(other, wave),
+        "chosen": "wavefront" if choice(True)[3] > 1 else "without",
     }
 
 
@@ -299,15 +308,15 @@ def main(argv: list[str] | None = None) -> int:
                 label = f"{':'.join(map(str, shape))} {mode}"
                 print(f"{label:32}" + "".join([f"{text:>18}" for text in texts]), flush=True)
     if options.mode in ("stacks", "all"):
-        print("\ninference of deep stacks: groups of layers, and the time without a wavefront")
-        print(f"{'':22}{'layers':>8}{'µs':>10}{'groups':>8}{'without':>10}")
+        print("\ninference of deep stacks: as a wavefront of groups of layers, and without")
+        print(f"{'':22}{'layers':>8}{'wavefront µs':>14}{'without µs':>12}{'gain':>8}  chosen")
         for shape in given or _DEEP:
             for layers in (4, 8):
                 row = stacks(shape, layers, options.blocks, options.min_time)
                 document["stacks"].append({"shape": shape, "layers": layers, **row})
                 print(
-                    f"{':'.join(map(str, shape)):22}{layers:8}{row['chosen'] * 1e6:10.4g}"
-                    f"{row['layer groups']:8}{row['without a wavefront']:9.2f}x",
+                    f"{':'.join(map(str, shape)):22}{layers:8}{row['wavefront'] * 1e6:14.4g}"
+                    f"{row['without'] * 1e6:12.4g}{row['gain']:7.2f}x  {row['chosen']}",
                     flush=True,
                 )
     if options.json:
