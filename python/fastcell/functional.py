@@ -513,7 +513,8 @@ def _refuse_wrong_sizes(
             wrong_size = True
     if wrong_size or wrong_dtype:
         # (Of a padded batch's lengths, torch's own checks would think that they are packed.)
-        refuse(input, states, batch_sizes if input.dim() == 2 else None)
+        lengths = batch_sizes is not None and not batch_sizes.is_cpu
+        refuse(input, states, None if lengths else batch_sizes)
         if wrong_size:  # a subclass can have checks of its own that let anything pass
             raise RuntimeError("input or initial states are of a wrong size")
 
