@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cell_options.h"
 #include "cpu/engine.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
@@ -65,15 +67,23 @@ constexpr const char* kStorageNames[] = {"same", "bfloat16", "float16"};
 
 const CellKernels& kernels_named(const std::string& name, const Stack& stack) {
   const Kernels& all = kernels();
-  const CellKernels* const cells = all.cells[int(stack.dtype)][int(stack.products)];
-  if (!cells) throw std::invalid_argument("float64 stacks multiply exactly");
+  const CellTable first = all.narrow_cells[int(stack.dtype)][int(stack.products)];
+  if (first.count == 0) throw std::invalid_argument("float64 stacks multiply exactly");
+  const bool exact = stack.products == Products::kExact;
+  const CellTable second = exact ? all.other_cells[int(stack.dtype)] : CellTable{};
   std::string names;
-  for (int i = 0; i < all.cell_count; ++i) {
-    const CellKernels& cell = cells[i];
+  for (int i = 0; i < first.count + second.count; ++i) {
+    const CellKernels& cell = i < first.count ? first.cells[i] : second.cells[i - first.count];
     if (name == cell.name) return cell;
     names += std::string(i ? ", " : "") + cell.name;
   }
   throw std::invalid_argument("cell must be one of " + names + ", got " + name);
+}
+
+// The members of Extras, in their order; 0 for null.
+using ExtraPointers = std::array<Pointer, 4>;
+Extras extras_of(const ExtraPointers& p) {
+  return {as(p[0]), as(p[1]), as<const uint8_t>(p[2]), as<const uint64_t>(p[3])};
 }
 
 // Large fresh buffers are faulted in page by page; huge pages make that, and the TLB's work, cheap.
@@ -93,7 +103,8 @@ void prefer_huge_pages(void* p, int64_t bytes) {
 class BoundStack {
  public:
   BoundStack(const std::string& cell, const std::string& dtype, const std::string& products,
-             int64_t input, int64_t hidden, int64_t proj, int layers, int directions, bool bias)
+             int64_t input, int64_t hidden, int64_t proj, int layers, int directions, bool bias,
+             const CellOptionsTuple& options)
       : stack_{named<DType>(dtype, kDTypeNames, "dtype"),
                named<Products>(products, kProductsNames, "products"),
                input,
@@ -103,9 +114,12 @@ class BoundStack {
                bias,
                layers,
                directions,
-               0},
+               0,
+               true,
+               cell_options(options)},
         kernels_(kernels_named(cell, stack_)) {
     stack_.parameters = kernels_.parameters;
+    stack_.recurrent = kernels_.recurrent;
     if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
@@ -161,33 +175,36 @@ class BoundStack {
 
   // Sizes without tensors: the call's pointers do not matter to it.
   int64_t forward_workspace(int64_t steps, int64_t batch, int64_t rows, bool keep, bool masks,
-                            bool narrow, int threads) const {
+                            bool recurrent, bool narrow, int threads) const {
     ForwardCall call{};
     call.stack = stack_;
     call.time = {steps, batch, rows, nullptr};
     call.reserve = keep ? &call : nullptr;
-    call.masks = masks ? &call : nullptr;
+    call.extras.masks = masks ? &call : nullptr;
+    call.extras.recurrent = recurrent ? &call : nullptr;
     call.x_storage = narrow ? Storage::kBFloat16 : Storage::kSame;
     return kernels_.forward_workspace(call, threads);
   }
 
   int64_t backward_workspace(int64_t steps, int64_t batch, int64_t rows, bool masks,
-                             int threads) const {
+                             bool recurrent, int threads) const {
     BackwardCall call{};
     call.stack = stack_;
     call.time = {steps, batch, rows, nullptr};
-    call.masks = masks ? &call : nullptr;
+    call.extras.masks = masks ? &call : nullptr;
+    call.extras.recurrent = recurrent ? &call : nullptr;
     return kernels_.backward_workspace(call, threads);
   }
 
   void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y, Pointer h_final,
-               Pointer c_final, Pointer masks, Pointer packed, Pointer reserve, Pointer workspace,
+               Pointer c_final, const ExtraPointers& extras, Pointer packed, Pointer reserve, Pointer workspace,
                const std::string& storage, int threads) const {
     ForwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
-    call.schedule = schedule(call.time, threads, !crowded(), masks == 0);
+    call.extras = extras_of(extras);
+    call.schedule = schedule(call.time, threads, !crowded(), !call.extras.masks);
     call.x = {as<const char>(x), x_step, x_row, offsets != 0};
     call.x_storage = call.y_storage = named<Storage>(storage, kStorageNames, "storage");
     call.state[0] = as(h0);
@@ -195,7 +212,6 @@ class BoundStack {
     call.final_state[0] = as(h_final);
     call.final_state[1] = as(c_final);
     call.y = as(y);
-    call.masks = as(masks);
     call.packed = as(packed);
     call.reserve = as(reserve);
     call.workspace = as(workspace);
@@ -219,7 +235,7 @@ class BoundStack {
   void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                 int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
-                Pointer d_h0, Pointer d_c0, Pointer masks, const std::vector<Pointer>& weights,
+                Pointer d_h0, Pointer d_c0, const ExtraPointers& extras, const std::vector<Pointer>& weights,
                 const std::vector<Pointer>& d_weights, Pointer reserve, Pointer workspace,
                 int64_t d_x_step, int64_t d_x_row, bool accumulate, int threads) const {
     const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
@@ -245,7 +261,7 @@ class BoundStack {
     call.d_final[1] = as(d_c_final);
     call.d_state[0] = as(d_h0);
     call.d_state[1] = as(d_c0);
-    call.masks = as(masks);
+    call.extras = extras_of(extras);
     call.weights = w.data();
     call.d_weights = d_w.data();
     call.accumulate = accumulate;
@@ -286,7 +302,8 @@ class BoundStream {
       : stack_(stack), batch_(batch), batch_first_(batch_first), threads_(threads) {}
 
   int64_t workspace_bytes(int64_t steps) const {
-    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false, false, threads_);
+    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false, false, false,
+                                    threads_);
   }
 
   // states: of each kind (h, and c) a pair, current and next, (L, B, features).
@@ -704,10 +721,11 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<BoundStack>(m, "Stack", "A configuration of layers with the kernels that run it.")
       .def(py::init<const std::string&, const std::string&, const std::string&, int64_t, int64_t,
-                    int64_t, int, int, bool>(),
+                    int64_t, int, int, bool,
+                    const CellOptionsTuple&>(),
            py::arg("cell"), py::arg("dtype"), py::arg("products"), py::arg("input"),
            py::arg("hidden"), py::arg("proj"), py::arg("layers"), py::arg("directions"),
-           py::arg("bias"))
+           py::arg("bias"), py::arg("options"))
       .def_property_readonly("packed_bytes", &BoundStack::packed_bytes)
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
       .def("pack", &BoundStack::pack)

@@ -31,7 +31,10 @@ class Operands(NamedTuple):
     hx: list[Tensor]
     weights: list[Tensor]
     batch_sizes: Tensor | None
-    masks: Tensor | None
+    dropout: Tensor | None
+    recurrent: Tensor | None
+    reset: Tensor | None
+    seed: Tensor | None
     cell: str
     num_layers: int
     bidirectional: bool
@@ -76,6 +79,9 @@ def operands(case: Case, *, masks: bool = False, requires_grad: bool = True) -> 
         [torch.tensor(weight, dtype=case.dtype) for weight in problem.weights],
         batch_sizes,
         factors,
+        None,
+        None,
+        None,
         case.cell,
         case.layers,
         case.bidirectional,
@@ -101,7 +107,7 @@ def run_kernel(o: Operands) -> tuple[Tensor, ...]:
 
 def run_layer(o: Operands) -> tuple[Tensor, ...]:
     """Output and final states as a layer's call has them, on the path that it chooses."""
-    assert o.masks is None
+    assert o.dropout is None
     output, states = ops.sequence(
         o.cell,
         o.input,

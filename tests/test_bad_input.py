@@ -353,7 +353,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], None]] = {
 
 
 def sequence(c: SimpleNamespace) -> Any:
-    return torch.ops.fastcell.sequence(c.input, c.hx, c.weights, c.batch_sizes, c.masks, *c.config)
+    return torch.ops.fastcell.sequence(
+        c.input, c.hx, c.weights, c.batch_sizes, c.masks, None, None, None, *c.config
+    )
 
 
 def sequence_with_gradient(c: SimpleNamespace) -> Any:
@@ -364,7 +366,7 @@ def sequence_with_gradient(c: SimpleNamespace) -> Any:
 
 def sequence_forward(c: SimpleNamespace) -> Any:
     return torch.ops.fastcell.sequence_forward(
-        c.input, c.hx, c.weights, c.batch_sizes, c.masks, *c.config, True
+        c.input, c.hx, c.weights, c.batch_sizes, c.masks, None, None, None, *c.config, True
     )
 
 
@@ -373,7 +375,7 @@ def sequence_backward(c: SimpleNamespace) -> Any:
     right = call_of("lstm" if len(c.hx) > 1 else "gru")
     output, finals, reserve = sequence_forward(right)
     return torch.ops.fastcell.sequence_backward(
-        output, finals, c.input, c.hx, c.weights, c.batch_sizes, c.masks, reserve,
+        output, finals, c.input, c.hx, c.weights, c.batch_sizes, c.masks, None, None, None, reserve,
         *c.config, [True] * (1 + len(c.hx) + len(c.weights)),
     )  # fmt: skip
 
@@ -414,7 +416,7 @@ BACKWARD: dict[str, Callable[[SimpleNamespace], None]] = {
 
 def backward_alone(c: SimpleNamespace) -> Any:
     return torch.ops.fastcell.sequence_backward(
-        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, None, c.reserve,
+        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, None, None, None, None, c.reserve,
         *c.config, c.needs,
     )  # fmt: skip
 

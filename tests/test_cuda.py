@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastcell
+from fastcell.plan import NO_EXTRAS
 from emulation_build import emulated
 from fastcell import cuda, engines
 from support import (
@@ -206,7 +207,7 @@ def test_dropout_masks(form, place, device):
         states = [state.index_select(1, order) for state in states]
     with cuda.choose_engine(place):
         output, finals = torch.ops.fastcell.sequence(
-            x, states, list(layer.parameters()), batch_sizes, given,
+            x, states, list(layer.parameters()), batch_sizes, given, None, None, None,
             case.cell, case.layers, True, case.bias, False, "exact",
         )  # fmt: skip
         if problem.lengths is not None:
@@ -276,7 +277,7 @@ def test_lengths_on_the_device(cell, batch_first, place, device):
     states = [inputs[f"{name}0"] for name in problem.case.state_names]
     with cuda.choose_engine(place):
         output, finals = torch.ops.fastcell.sequence(
-            poisoned, states, list(layer.parameters()), lengths, None,
+            poisoned, states, list(layer.parameters()), lengths, None, None, None, None,
             cell, 2, True, True, batch_first, "exact",
         )  # fmt: skip
         values = {"output": output, **dict(zip(problem.case.state_names, finals, strict=True))}
@@ -295,7 +296,17 @@ def test_lengths_above_the_steps_count_as_all(place, device):
         leaf = x.clone().requires_grad_()
         given = torch.tensor(lengths, device=device)
         output, states = torch.ops.fastcell.sequence(
-            leaf, [], list(layer.parameters()), given, None, "lstm", 1, True, True, False, "exact"
+            leaf,
+            [],
+            list(layer.parameters()),
+            given,
+            *NO_EXTRAS,
+            "lstm",
+            1,
+            True,
+            True,
+            False,
+            "exact",
         )
         loss = output.square().sum() + sum(s.sum() for s in states)
         return [output, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
@@ -366,7 +377,17 @@ def test_lengths_in_second_derivatives(device):
 
     def run(x):
         return torch.ops.fastcell.sequence(
-            x, [], list(layer.parameters()), lengths, None, "lstm", 1, True, True, False, "exact"
+            x,
+            [],
+            list(layer.parameters()),
+            lengths,
+            *NO_EXTRAS,
+            "lstm",
+            1,
+            True,
+            True,
+            False,
+            "exact",
         )[0]
 
     assert torch.autograd.gradcheck(run, (x,))

@@ -172,7 +172,7 @@ def test_dropout_masks(case, form):
         given = torch.stack([pack(mask).data for mask in given])
         states = [state.index_select(1, order) for state in states]
     output, finals = torch.ops.fastcell.sequence(
-        x, states, list(layer.parameters()), batch_sizes, given,
+        x, states, list(layer.parameters()), batch_sizes, given, None, None, None,
         case.cell, case.layers, True, case.bias, False, "exact",
     )  # fmt: skip
     if order is not None:

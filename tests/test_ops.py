@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fastcell
+from fastcell.plan import NO_EXTRAS
 from against_torch import CELLS as CELL_MODULES
 from against_torch import LAYERS, same_values, states, twins
 from fastcell import cpu, functional, ops
@@ -50,7 +51,7 @@ def test_opcheck_forward_call(case, keep):
 def backward_arguments(o: Operands, needs: list[bool]):
     output, finals, reserve = sequence_forward(*o, True)
     grads = (torch.ones_like(output), [torch.ones_like(s) for s in finals])
-    return (*grads, *o[:5], reserve, *o.config, needs)
+    return (*grads, *o[:8], reserve, *o.config, needs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -106,7 +107,19 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
 
     monkeypatch.setattr(cpu, "forward", observed)
     layer, x = fastcell.GRU(3, 4), torch.randn(2, 1, 3)
-    arguments = (x, [], layer._flat_weights, None, None, "gru", 1, False, True, False, "exact")
+    arguments = (
+        x,
+        [],
+        layer._flat_weights,
+        None,
+        *NO_EXTRAS,
+        "gru",
+        1,
+        False,
+        True,
+        False,
+        "exact",
+    )
     layer(x)
     sequence(*arguments)
     assert kept == [True, True]
@@ -138,10 +151,13 @@ WRONG = {
     "a weight of another dtype": GOOD._replace(
         weights=[*GOOD.weights[:-1], GOOD.weights[-1].float()]
     ),
-    "masks of another shape": GOOD._replace(masks=torch.zeros(1, 2, 2, 3).double()),
-    "masks of another dtype": operands(CASES[3], masks=True)._replace(
-        masks=torch.zeros(1, 3, 2, 4)
-    ),
+    "masks of another shape": GOOD._replace(dropout=torch.zeros(1, 2, 2, 3).double()),
+    "masks of another dtype": GOOD._replace(dropout=torch.zeros(1, 3, 2, 4)),
+    "recurrent factors of another shape": GOOD._replace(recurrent=torch.zeros(2, 3).double()),
+    "resets that are numbers": GOOD._replace(reset=torch.zeros(3, 2)),
+    "resets of another shape": GOOD._replace(reset=torch.zeros(9, 2) > 0),
+    "a narrow seed": GOOD._replace(seed=torch.zeros(1).int()),
+    "two seeds": GOOD._replace(seed=torch.zeros(2).long()),
     "batch sizes that increase": PACKED._replace(batch_sizes=torch.tensor([1, 2, 1, 1])),
     "too large batch sizes": PACKED._replace(batch_sizes=torch.tensor([200, 2])),
     "negative batch sizes": PACKED._replace(batch_sizes=torch.tensor([9, -4])),
@@ -164,14 +180,14 @@ def test_a_wrong_backward_call_is_refused():
     needs = [True] * len(GOOD.leaves)
     right = backward_arguments(GOOD, needs)
     sequence_backward(*right)
-    reserve = right[7]
+    reserve = right[10]
     for position, wrong in [
         (0, right[0][:, 1:]),
         (1, right[1][:1]),
         (1, [right[1][0], right[1][1].float()]),
-        (7, reserve[1:]),
-        (7, reserve.float()),
-        (13, needs[:-1]),
+        (10, reserve[1:]),
+        (10, reserve.float()),
+        (len(right) - 1, needs[:-1]),
     ]:
         arguments = list(right)
         arguments[position] = wrong

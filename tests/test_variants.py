@@ -12,7 +12,7 @@ import torch
 import fastcell
 from fastcell import composite
 from fastcell.cells import CELLS as SPECS
-from fastcell.plan import Config
+from fastcell.plan import NO_EXTRAS, Config
 from support import OWN, VARIANTS, Case, Problem, assert_same_bits, away_from_the_kink, pairwise
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -101,7 +101,7 @@ def test_the_composite_step_is_the_kernels(cell):
     config = Config(cell, 2, True, True, False)
     states = [inputs[f"{name}0"] for name in problem.case.state_names]
     output, finals = composite.sequence(
-        config, inputs["x"], states, list(layer.parameters()), None, None
+        config, inputs["x"], states, list(layer.parameters()), None, NO_EXTRAS
     )
     found = {"output": output, **dict(zip(problem.case.state_names, finals, strict=True))}
     problem.assert_close(found, problem.call(layer, inputs))

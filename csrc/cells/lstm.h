@@ -2,20 +2,18 @@
 // Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; gate order i, f, g, o.
 #pragma once
 
-#include "../common/portable.h"
+#include "traits.h"
 
 namespace fastcell::cells {
 
 template <class V>
-struct Lstm {
+struct Lstm : CellTraits {
   static constexpr int gates = 4;
-  static constexpr int apart = 0;
   static constexpr int states = 2;
   static constexpr int saved = 4;  // i, f, g, o; c_t is kept as a state
-  static constexpr bool direct = false;
-  static constexpr int parameters = 0;
 
-  static FASTCELL_INLINE void forward(const V* a, const V*, V* state, V* saved_gates) {
+  static FASTCELL_INLINE void forward(const CellOptions&, const V* a, const V*, V* state,
+                                      V* saved_gates) {
     const V i = sigmoid(a[0]);
     const V f = sigmoid(a[1]);
     const V g = tanh(a[2]);
@@ -29,8 +27,8 @@ struct Lstm {
     saved_gates[3] = o;
   }
 
-  static FASTCELL_INLINE void backward(const V* saved_gates, const V*, const V* before,
-                                       const V* after, V* d_state, V* d_a) {
+  static FASTCELL_INLINE void backward(const CellOptions&, const V* saved_gates, const V*,
+                                       const V* before, const V* after, V* d_state, V* d_a) {
     const V i = saved_gates[0], f = saved_gates[1], g = saved_gates[2], o = saved_gates[3];
     const V tanh_c = tanh(after[1]);
     const V d_h = d_state[0];

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "options.h"
 #include "portable.h"
 
 namespace fastcell {
@@ -37,6 +38,8 @@ struct Stack {
   int layers;
   int directions;  // 1 or 2
   int parameters;  // vectors (H) that the cell has besides its matrices and biases
+  bool recurrent;  // whether there is a matrix w_hh; else these vectors are in its place
+  CellOptions options;
 
   FASTCELL_INLINE int64_t layer_input(int layer) const {
     return layer == 0 ? input : directions * output;
@@ -45,8 +48,12 @@ struct Stack {
   // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr][, the cell's vectors as
   // one matrix], then for kInt8 what an integer weight stands for, per row of w_ih, w_hh[, w_hr].
   FASTCELL_INLINE int projection_at() const { return 2 + (bias ? 2 : 0); }
-  FASTCELL_INLINE int parameters_at() const { return projection_at() + (projected ? 1 : 0); }
-  FASTCELL_INLINE int scales_at() const { return parameters_at() + (parameters > 0 ? 1 : 0); }
+  FASTCELL_INLINE int parameters_at() const {
+    return recurrent ? projection_at() + (projected ? 1 : 0) : 1;
+  }
+  FASTCELL_INLINE int scales_at() const {
+    return projection_at() + (projected ? 1 : 0) + (parameters > 0 && recurrent ? 1 : 0);
+  }
   FASTCELL_INLINE int weights_each() const {
     return scales_at() + (products == Products::kInt8 ? 2 + (projected ? 1 : 0) : 0);
   }
@@ -98,6 +105,14 @@ struct RowMap {
   }
 };
 
+// What else a call may bring; null where it does not.
+struct Extras {
+  const void* masks;      // (L-1, rows, D*output): factors of the outputs between layers
+  const void* recurrent;  // (L*D, B, output): factors of h_{t-1} in the recurrent products
+  const uint8_t* reset;   // (rows): whether the states before that step are zero
+  const uint64_t* seed;   // of what zoneout draws; null: it takes the expectation
+};
+
 struct ForwardCall {
   Stack stack;
   Timeline time;
@@ -107,7 +122,7 @@ struct ForwardCall {
   const void* state[kMaxStates];  // (L*D, B, .) each, or null for zeros
   void* final_state[kMaxStates];  // (L*D, B, .) each
   void* y;                        // (rows, D*output)
-  const void* masks;              // (L-1, rows, D*output), scaled, or null
+  Extras extras;
   const void* packed;             // what pack() made
   void* reserve;                  // kept for the backward call, or null
   void* workspace;
@@ -123,7 +138,7 @@ struct BackwardCall {
   const void* state[kMaxStates];
   const void* d_final[kMaxStates];  // null: zero
   void* d_state[kMaxStates];        // null: not asked for
-  const void* masks;
+  Extras extras;
   const void* const* weights;  // flat, torch's order
   void* const* d_weights;      // flat; null entries are not asked for
   bool accumulate;             // d_weights are added to

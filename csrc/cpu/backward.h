@@ -74,6 +74,7 @@ class Backward {
     T* x_weights[2];    // W_ih as panels over x_t
     T* d_layer[2];      // gradient of an inner layer's output
     T* dropped;         // an inner layer's output after dropout, made anew
+    T* masked;          // of a block of rows, h_{t-1} after recurrent dropout
     T* zeros;           // a row of zeros, where no initial state was given
     T* rows;            // scratch of multiply_rows
     int64_t d_h_stride, d_c_stride;
@@ -95,7 +96,8 @@ class Backward {
         }
         d_h[dir] = arena.take<T>(batch * d_h_stride);
         d_c[dir] = arena.take<T>((Cell::states - 1) * batch * d_c_stride);
-        h_weights[dir] = arena.take<T>(Panels<T>{1, s.output, G * s.hidden}.size());
+        h_weights[dir] =
+            arena.take<T>(Cell::recurrent ? Panels<T>{1, s.output, G * s.hidden}.size() : 0);
         r_weights[dir] = arena.take<T>(s.projected ? Panels<T>{1, s.hidden, s.output}.size() : 0);
         x_weights[dir] = arena.take<T>(Panels<T>{1, widest_input(s), G * s.hidden}.size());
       }
@@ -104,7 +106,9 @@ class Backward {
           arena.take<T>(s.directions > 1 ? threads * kRowBlock * over_x.padded_units() : 0);
       const int64_t inner = s.layers > 1 ? rows * s.directions * s.output : 0;
       for (T*& p : d_layer) p = arena.take<T>(inner);
-      dropped = arena.take<T>(call.masks ? inner : 0);
+      dropped = arena.take<T>(call.extras.masks ? inner : 0);
+      const int64_t block_rows = chunks.block_steps * batch;
+      masked = arena.take<T>(call.extras.recurrent ? block_rows * s.output : 0);
       zeros = arena.take<T>(s.output + lanes);
     }
 
@@ -140,6 +144,10 @@ class Backward {
     const T* h_weights;
     const T* r_weights;
     const T* parameters;  // (N, hidden)
+    const uint8_t* reset;  // or null
+    const uint64_t* seed;  // or null
+    const T* factors;      // of h in the recurrent product, (B, output), or null
+    int index;             // of layer and direction
     Panels<T> over_h;  // columns h_{t-1}
     Panels<T> over_m;  // columns m_t, projected only
 
@@ -162,7 +170,13 @@ class Backward {
       return reverse ? time.alive(t) : time.alive(next);
     }
 
+    // Whether step t of sample b begins with zeros.
+    FASTCELL_INLINE bool begins_anew(int64_t t, int64_t b) const {
+      return reset && reset[time.first(t) + b];
+    }
+
     const T* h_before(int64_t t, int64_t b) const {
+      if (begins_anew(t, b)) return buffers.zeros;
       const int64_t before = reverse ? t + 1 : t - 1;
       if (before >= 0 && before < time.steps && b < time.alive(before)) {
         return y + (time.first(before) + b) * y_stride;
@@ -213,8 +227,10 @@ class Backward {
     }
 
     // d_h of samples [b, b + n): what is carried directly, plus d_gates(later) W_hh.
-    FASTCELL_INLINE void recurrent_product(int64_t p, const T* d_gates_later, int64_t b, int n,
+    // `t`: the later step.
+    FASTCELL_INLINE void recurrent_product(int64_t p, int64_t t, int64_t b, int n,
                                            T* block) const {
+      const T* const d_gates_later = d_gates_of(t);
       const int vectors = over_h.vectors(p);
       const int64_t unit = over_h.first_unit(p);
       const T* a[kRowBlock];
@@ -227,12 +243,20 @@ class Backward {
       }
       alignas(64) T zeros[kMaxVectors * lanes] = {};
       const T* panel = h_weights + over_h.offset(p);
-      multiply_panel<Plain<T>>(a, to, n, panel, vectors, joined * s.hidden, lanes, zeros);
+      if constexpr (Cell::recurrent) {
+        multiply_panel<Plain<T>>(a, to, n, panel, vectors, joined * s.hidden, lanes, zeros);
+      } else {
+        for (int i = 0; i < n; ++i) std::memcpy(to[i], zeros, vectors * lanes * sizeof(T));
+      }
       if constexpr (A > 0) {
         multiply_panel<Plain<T>>(a_apart, to, n, panel + joined * s.hidden * vectors * lanes,
                                  vectors, A * s.hidden, lanes, nullptr);
       }
-      if constexpr (Cell::direct) {
+      for (int i = 0; i < n; ++i) {
+        if (factors) multiply_factors(unit, vectors, b + i, to[i]);
+        if (begins_anew(t, b + i)) std::memcpy(to[i], zeros, vectors * lanes * sizeof(T));
+      }
+      if (Cell::direct && !s.projected) {
         // Added last: the many small terms of the product are not rounded at its size.
         for (int i = 0; i < n; ++i) {
           for (int v = 0; v < vectors; ++v) {
@@ -243,10 +267,17 @@ class Backward {
       }
     }
 
+    FASTCELL_INLINE void multiply_factors(int64_t unit, int vectors, int64_t b, T* row) const {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = unit + v * lanes, left = s.output - at;
+        const V by = load_first(factors + b * s.output + at, left < lanes ? int(left) : lanes);
+        (V::load(row + v * lanes) * by).store(row + v * lanes);
+      }
+    }
+
     void step(int64_t t, bool backwards) {
       const int64_t alive = time.alive(t), first = time.first(t);
       const int64_t next = continuing(t);
-      const T* const d_gates_later = next > 0 ? d_gates_of(later(t)) : nullptr;
       T* const d_gates_now = d_gates_of(t);
       T* const d_output_now = s.projected ? d_output_of(t) : nullptr;
       share(over_h).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
@@ -258,7 +289,7 @@ class Backward {
           const int64_t end = b < next && next < b1 ? next : b1;
           n = int(end - b < kRowBlock ? end - b : kRowBlock);
           if (b < next) {
-            recurrent_product(p, d_gates_later, b, n, block);
+            recurrent_product(p, later(t), b, n, block);
           } else {
             for (int i = 0; i < n; ++i) {
               std::memcpy(block + i * vectors * lanes,
@@ -323,7 +354,7 @@ class Backward {
         const int64_t unit = panels.first_unit(p) + v * lanes;
         const int valid = s.hidden - unit < lanes ? int(s.hidden - unit) : lanes;
         V keep[Cell::saved + 1], before[Cell::states], after[Cell::states], d_state[Cell::states],
-            p_unit[N + 1], d_a[G + A + N];
+            p_unit[N + Cell::held + 1], d_a[G + A + N];
         for (int i = 0; i < Cell::saved; ++i) {
           keep[i] = load_first(saved + (r * Cell::saved + i) * s.hidden + unit, valid);
         }
@@ -342,16 +373,24 @@ class Backward {
         for (int i = 0; i < N; ++i) {
           p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);
         }
-        Cell::backward(keep, p_unit, before, after, d_state, d_a);
+        for (int i = 0; i < Cell::held; ++i) {
+          const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
+          p_unit[N + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
+        }
+        Cell::backward(s.options, keep, p_unit, before, after, d_state, d_a);
+        if (__builtin_expect(begins_anew(t, b), 0)) {
+          for (V& one : d_state) one = V(0);
+        }
         for (int g = 0; g < G + A + N; ++g) {
           store_first(d_gates_now + b * width(s) + g * s.hidden + unit, d_a[g], valid);
         }
-        if constexpr (Cell::direct) d_state[0].store(d_h + b * buffers.d_h_stride + unit);
+        if (Cell::direct && !s.projected) d_state[0].store(d_h + b * buffers.d_h_stride + unit);
         if constexpr (Cell::states > 1) d_state[1].store(d_c + b * buffers.d_c_stride + unit);
       }
     }
 
     FASTCELL_INLINE V cell_before(int64_t t, int64_t b, int64_t unit, int valid) const {
+      if (begins_anew(t, b)) return V(0);
       const int64_t before = reverse ? t + 1 : t - 1;
       if (before >= 0 && before < time.steps && b < time.alive(before)) {
         return load_first(kept_states + (time.first(before) + b) * s.hidden + unit, valid);
@@ -370,7 +409,7 @@ class Backward {
         alignas(64) T block[kRowBlock * kMaxVectors * lanes];
         for (int64_t b = b0; b < b1; b += kRowBlock) {
           const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
-          recurrent_product(p, d_gates_of(t), b, n, block);
+          recurrent_product(p, t, b, n, block);
           for (int i = 0; i < n; ++i) {
             std::memcpy(d_initial[0] + (b + i) * s.output + unit, block + i * vectors * lanes,
                         (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
@@ -479,7 +518,7 @@ class Backward {
         const Panels<T> over_h{1, s.output, G * s.hidden};
         const T* w_hh = weight(dir, 1);
         // A single step has no later one; only its initial state's gradient would need W_hh.
-        if (time.steps > 1 || call.d_state[0]) {
+        if (Cell::recurrent && (time.steps > 1 || call.d_state[0])) {
           pack_rows(
               over_h, [&](int64_t k) { return w_hh + k * s.output; }, buffers.h_weights[dir],
               part(over_h.count(), team.index, team.size));
@@ -523,6 +562,12 @@ class Backward {
                   buffers.h_weights[dir],
                   buffers.r_weights[dir],
                   N > 0 ? weight(dir, s.parameters_at()) : nullptr,
+                  call.extras.reset,
+                  call.extras.seed,
+                  call.extras.recurrent ? static_cast<const T*>(call.extras.recurrent) +
+                                              flat(dir) * time.batch * s.output
+                                        : nullptr,
+                  flat(dir),
                   Panels<T>{1, s.output, G * s.hidden},
                   Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
       for (int i = 0; i < Cell::states; ++i) {
@@ -551,8 +596,8 @@ class Backward {
     }
 
     const T* mask() const {
-      if (!call.masks || layer == 0) return nullptr;
-      return static_cast<const T*>(call.masks) + (layer - 1) * time.rows * out_width;
+      if (!call.extras.masks || layer == 0) return nullptr;
+      return static_cast<const T*>(call.extras.masks) + (layer - 1) * time.rows * out_width;
     }
 
     void gradient_of_input(int dir, const Direction& d, int64_t chunk) const {
@@ -615,11 +660,14 @@ class Backward {
       const int64_t width = Direction::width(s), H = s.hidden;
       const T* d_gates = d.d_gates_of(steps.begin);
       const auto x_row = [&](int64_t t, int64_t b, int64_t r) { return x.at(t, b, r); };
-      const auto h_row = [&](int64_t t, int64_t b, int64_t) { return d.h_before(t, b); };
+      if (d.factors) mask_h(d, steps);
+      const auto h_row = [&](int64_t t, int64_t b, int64_t r) {
+        return d.factors ? buffers.masked + (r - rows.begin) * s.output : d.h_before(t, b);
+      };
       const typename Gradient::template Features<decltype(x_row)> of_x{x_row, s.layer_input(layer)};
       const typename Gradient::template Features<decltype(h_row)> of_h{h_row, s.output};
       T* const d_ih = d_weight(dir, 0);
-      T* const d_hh = d_weight(dir, 1);
+      T* const d_hh = Cell::recurrent ? d_weight(dir, 1) : nullptr;
       if constexpr (A == 0) {
         const typename Gradient::Part parts[] = {{0, G * H, d_ih, d_hh}};
         Gradient::run(d_gates, width, time, rows, of_x, of_h, parts, begin, half, buffers.product,
@@ -642,6 +690,21 @@ class Backward {
                       half, buffers.product, team);
       }
       sum_gradients(dir, d_gates, rows.end - rows.begin, begin);
+    }
+
+    // Of some steps, h_{t-1} as the recurrent product took it.
+    void mask_h(const Direction& d, Range steps) const {
+      const Range rows{time.first(steps.begin), time.first(steps.end)};
+      const Range mine = part(rows.end - rows.begin, team.index, team.size);
+      int64_t t = steps.begin;
+      for (int64_t r = rows.begin + mine.begin; r < rows.begin + mine.end; ++r) {
+        while (r >= time.first(t + 1)) ++t;
+        const int64_t b = r - time.first(t);
+        const T *from = d.h_before(t, b), *by = d.factors + b * s.output;
+        T* const to = buffers.masked + (r - rows.begin) * s.output;
+        for (int64_t k = 0; k < s.output; ++k) to[k] = from[k] * by[k];
+      }
+      team.sync();
     }
 
     // Of biases and the cell's parameters: sums over the rows.

@@ -13,6 +13,7 @@ struct CellKernels {
   int states;
   int gates;
   int parameters;
+  bool recurrent;
   int lanes;  // of one vector
   int64_t (*packed_bytes)(const Stack&);
   void (*pack)(const Stack&, const void* const* weights, void* packed, const Team&);
@@ -22,10 +23,15 @@ struct CellKernels {
   void (*backward)(const BackwardCall&, const Team&, Barrier*);
 };
 
+struct CellTable {
+  const CellKernels* cells;
+  int count;
+};
+
 struct Kernels {
   const char* isa;
-  int cell_count;
-  const CellKernels* cells[kDTypes][kProducts];  // null: there are none
+  CellTable narrow_cells[kDTypes][kProducts];  // of count 0: there are none
+  CellTable other_cells[kDTypes];              // for exact products alone
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);

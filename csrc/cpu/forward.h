@@ -28,7 +28,7 @@ struct PackedDirection {
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
       : x{Cell::gates, s.hidden, groups(s.layer_input(layer))},
-        h{Cell::gates, s.hidden, groups(s.output)},
+        h{Cell::gates, s.hidden, Cell::recurrent ? groups(s.output) : 0},
         r{1, s.projected ? s.output : 0, groups(s.hidden)} {
     x_weights = arena.take<Element>(x.size() * Precision::group);
     h_weights = arena.take<Element>(h.size() * Precision::group);
@@ -95,7 +95,7 @@ struct Packing {
         };
         const int first = Slots<Cell>::gate_of(0);
         pack(to.x, weights[0], s.layer_input(layer), to.x_weights, first);
-        pack(to.h, weights[1], s.output, to.h_weights, 0);
+        if constexpr (Cell::recurrent) pack(to.h, weights[1], s.output, to.h_weights, 0);
         if (s.projected) pack(to.r, weights[s.projection_at()], s.hidden, to.r_weights, 0);
         if (team.index > 0) continue;
         pack_bias(s, weights, to);
@@ -103,7 +103,7 @@ struct Packing {
         if constexpr (Precision::scaled) {
           const void* const* scales = weights + s.scales_at();
           pack_scales(to.x, scales[0], to.x_scales, first);
-          pack_scales(to.h, scales[1], to.h_scales, 0);
+          if constexpr (Cell::recurrent) pack_scales(to.h, scales[1], to.h_scales, 0);
           if (s.projected) pack_scales(to.r, scales[2], to.r_scales, 0);
         }
       }
@@ -165,6 +165,10 @@ class Forward {
   static void run(const ForwardCall& call, const Team& team, Barrier* barriers) {
     Arena workspace(call.workspace);
     const Buffers buffers(call, team.size, workspace);
+    if (call.extras.reset) {
+      if (team.index == 0) std::memset(buffers.zeros, 0, buffers.h_stride * sizeof(T));
+      team.sync();
+    }
     const Place place(call.schedule, team, barriers, call.time.batch);
     if (place.layer_groups > 1) return run_wavefront(call, buffers, team, place, barriers);
     Arena packed(const_cast<void*>(call.packed));
@@ -220,6 +224,8 @@ class Forward {
     int64_t sums_size, h_size, c_size, m_size;
     char* x_rows;   // per thread: rows made ready for the product, of one chunk or step
     char* h_rows;   // per thread: (B, .) of h or m
+    T* masked;      // per thread: (B, padded output) of h after recurrent dropout
+    T* zeros;       // a row of h after a reset
     int64_t chunk;  // steps
     int64_t h_stride, c_stride, x_bytes, h_bytes;
 
@@ -229,7 +235,7 @@ class Forward {
       const int64_t width = s.directions * s.output;
       const bool inner = s.layers > 1;
       for (T*& p : layer_output) p = arena.take<T>(inner && !call.reserve ? time.rows * width : 0);
-      dropped = arena.take<T>(call.masks ? time.rows * width : 0);
+      dropped = arena.take<T>(call.extras.masks ? time.rows * width : 0);
       const Panels<T> panels{G, s.hidden, 0};
       // About half of a core's own cache, but enough rows to make the product worth its start.
       const int64_t step = time.batch * panels.count() * sums_width(panels);
@@ -257,6 +263,8 @@ class Forward {
       const int64_t h_count = Precision::prepared ? time.batch : 0;
       x_rows = arena.take<char>(threads * x_count * x_bytes);
       h_rows = arena.take<char>(threads * h_count * h_bytes);
+      masked = arena.take<T>(call.extras.recurrent ? threads * h_size : 0);
+      zeros = arena.take<T>(h_stride);
     }
   };
 
@@ -276,9 +284,9 @@ class Forward {
     if (layer == 0) return {call.x, call.x_storage};
     const int64_t width = call.stack.directions * call.stack.output;
     const T* input = layer_output(call, buffers, layer - 1);
-    if (call.masks) {
+    if (call.extras.masks) {
       const int64_t count = call.time.rows * width;
-      const T* mask = static_cast<const T*>(call.masks) + (layer - 1) * count;
+      const T* mask = static_cast<const T*>(call.extras.masks) + (layer - 1) * count;
       const Range range = part(count, team.index, team.size);
       for (int64_t i = range.begin; i < range.end; ++i) buffers.dropped[i] = input[i] * mask[i];
       team.sync();
@@ -337,6 +345,12 @@ class Forward {
   char* const x_rows;
   char* const h_rows;
   const int64_t x_bytes, h_bytes;
+  const uint8_t* const reset;  // or null
+  const uint64_t* const seed;  // or null
+  const T* const factors;      // of h in the product, (B, output), or null
+  T* const masked;
+  const T* const zeros;
+  const int index;       // of layer and direction
   const bool hoisted;  // the projections of a chunk of steps before the steps
   const T* initial[Cell::states];
   T* final_state[Cell::states];
@@ -372,6 +386,15 @@ class Forward {
         h_rows(buffers.h_rows + team.index * call.time.batch * buffers.h_bytes),
         x_bytes(buffers.x_bytes),
         h_bytes(buffers.h_bytes),
+        reset(call.extras.reset),
+        seed(call.extras.seed),
+        factors(call.extras.recurrent
+                    ? static_cast<const T*>(call.extras.recurrent) +
+                          (layer * s.directions + dir) * call.time.batch * s.output
+                    : nullptr),
+        masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
+        zeros(buffers.zeros),
+        index(layer * s.directions + dir),
         hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
@@ -418,23 +441,63 @@ class Forward {
     Precision::prepare(from, storage, depth, reinterpret_cast<Element*>(to + Precision::head));
   }
 
-  // h or m of this place's samples below `alive`, for the product. Every thread that shares them
-  // does it for itself: that takes less time than another barrier.
-  void prepare_state(const T* rows, int64_t stride, int64_t count, int64_t alive) const {
-    if constexpr (Precision::prepared) {
-      const int64_t end = place.b1 < alive ? place.b1 : alive;
+  // Whether step t begins with zeros for sample b, whose row there is r.
+  FASTCELL_INLINE bool begins_anew(int64_t r) const { return reset && reset[r]; }
+
+  // h of this place's samples below `alive` before a step with rows from `first` on, for the
+  // product. Every thread that shares them does it for itself: that takes less time than another
+  // barrier.
+  void prepare_h(const T* rows, int64_t first, int64_t alive) const {
+    const int64_t end = place.b1 < alive ? place.b1 : alive;
+    if (factors) {
       for (int64_t b = place.b0; b < end; ++b) {
-        prepare(rows + b * stride, Storage::kSame, count, h_rows + b * h_bytes);
+        const T *from = rows + b * h_stride, *by = factors + b * s.output;
+        T* const to = masked + b * h_stride;
+        for (int64_t k = 0; k < s.output; ++k) to[k] = from[k] * by[k];
+        for (int64_t k = s.output; k < h_stride; ++k) to[k] = T(0);
+      }
+    }
+    if constexpr (Precision::prepared) {
+      for (int64_t b = place.b0; b < end; ++b) {
+        prepare(h_operand(rows, b, first + b), Storage::kSame, s.output, h_rows + b * h_bytes);
       }
     }
   }
 
-  FASTCELL_INLINE const Element* state_row(const T* rows, int64_t stride, int64_t b) const {
+  // What stands for sample b's h in the product.
+  FASTCELL_INLINE const T* h_operand(const T* rows, int64_t b, int64_t r) const {
+    if (begins_anew(r)) return zeros;
+    return (factors ? masked : rows) + b * h_stride;
+  }
+
+  FASTCELL_INLINE const Element* h_row(const T* rows, int64_t b, int64_t r) const {
     if constexpr (Precision::prepared) {
-      return reinterpret_cast<const Element*>(h_rows + b * h_bytes + Precision::head);
+      return prepared_row(b);
     } else {
-      return rows + b * stride;
+      return h_operand(rows, b, r);
     }
+  }
+
+  // The same of m, for the projection.
+  void prepare_m(int64_t alive) const {
+    if constexpr (Precision::prepared) {
+      const int64_t end = place.b1 < alive ? place.b1 : alive;
+      for (int64_t b = place.b0; b < end; ++b) {
+        prepare(m + b * c_stride, Storage::kSame, s.hidden, h_rows + b * h_bytes);
+      }
+    }
+  }
+
+  FASTCELL_INLINE const Element* m_row(int64_t b) const {
+    if constexpr (Precision::prepared) {
+      return prepared_row(b);
+    } else {
+      return m + b * c_stride;
+    }
+  }
+
+  FASTCELL_INLINE const Element* prepared_row(int64_t b) const {
+    return reinterpret_cast<const Element*>(h_rows + b * h_bytes + Precision::head);
   }
 
   // The steps [begin, end) of the time loop, in its direction.
@@ -569,7 +632,7 @@ class Forward {
   // A step of one sample, whose sums are begun.
   void step_one(const Rows& rows, const T* h_before, T* h_after, bool backwards) {
     const int64_t r = rows.first + rows.b;
-    const Element* const a = state_row(h_before, h_stride, rows.b);
+    const Element* const a = h_row(h_before, rows.b, r);
     for_panels(backwards, [&](int64_t p, int n) {
       T* sums[kAtOnce];
       T* to[kAtOnce];
@@ -577,9 +640,11 @@ class Forward {
         sums[i] = sums_row(p + i, r);
         to[i] = sums[i] + A * lanes;
       }
-      Precision::multiply_one(a, to, n, Packed::panel(w.h, w.h_weights, p),
-                              w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
-                              nullptr);
+      if constexpr (Cell::recurrent) {
+        Precision::multiply_one(a, to, n, Packed::panel(w.h, w.h_weights, p),
+                                w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
+                                nullptr);
+      }
       for (int i = 0; i < n; ++i) finish_panel(p + i, sums[i], 0, rows, h_before, h_after);
     });
   }
@@ -604,7 +669,7 @@ class Forward {
     const Share share = this->share();
     int64_t panels_done = 0;
     if (!hoisted && x_prepared) prepare_x(t, t + 1);
-    prepare_state(h_before, h_stride, s.output, alive);
+    prepare_h(h_before, first, alive);
     if (hoisted && one_sample()) {
       const int64_t b = place.b0;
       if (b < alive) step_one({b, 1, first, alive_next}, h_before, h_after, backwards);
@@ -630,11 +695,14 @@ class Forward {
         }
         T* const sums_begin = to[0];
         for (int i = 0; i < n; ++i) {
-          a[i] = state_row(h_before, h_stride, b + i);
+          a[i] = h_row(h_before, b + i, first + b + i);
           to[i] += A * lanes;
         }
-        Precision::multiply(a, to, n, Packed::panel(w.h, w.h_weights, p),
-                            w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth, nullptr);
+        if constexpr (Cell::recurrent) {
+          Precision::multiply(a, to, n, Packed::panel(w.h, w.h_weights, p),
+                              w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
+                              nullptr);
+        }
         finish_panel(p, sums_begin, width, Rows{b, n, first, alive_next}, h_before, h_after);
       }
     });
@@ -656,7 +724,7 @@ class Forward {
   // `valid` is a constant.
   FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int64_t width,
                               const Rows& rows, const T* h_before, T* h_after) {
-    V p[Cell::parameters + 1];
+    V p[Cell::parameters + Cell::held + 1];
     for (int i = 0; i < Cell::parameters; ++i) {
       p[i] = V::load(w.parameters + unit * Cell::parameters + i * lanes);
     }
@@ -672,7 +740,14 @@ class Forward {
       T* const c_row = c + b * c_stride + unit;
       state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
       if constexpr (Cell::states > 1) state[1] = V::load(c_row);
-      Cell::forward(a, p, state, keep);
+      if (__builtin_expect(begins_anew(r), 0)) {
+        for (V& one : state) one = V(0);
+      }
+      for (int i = 0; i < Cell::held; ++i) {
+        const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
+        p[Cell::parameters + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
+      }
+      Cell::forward(s.options, a, p, state, keep);
 
       if (saved) {
         for (int i = 0; i < Cell::saved; ++i) {
@@ -712,7 +787,7 @@ class Forward {
         reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
     const Share share(w.r.count(), place.b0, place.b1, w.r.rows_each(), place.index, place.size);
     alignas(64) T zeros[kMaxVectors * lanes] = {};
-    prepare_state(m, c_stride, s.hidden, alive);
+    prepare_m(alive);
     share.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
       if (b1 > alive) b1 = alive;
       const int vectors = w.r.vectors(p);
@@ -722,7 +797,7 @@ class Forward {
         const Element* a[kRowBlock];
         T* to[kRowBlock];
         for (int i = 0; i < n; ++i) {
-          a[i] = state_row(m, c_stride, b + i);
+          a[i] = m_row(b + i);
           to[i] = h_after + (b + i) * h_stride + unit;
         }
         Precision::multiply(a, to, n, Packed::panel(w.r, w.r_weights, p), w.r_scales + unit,

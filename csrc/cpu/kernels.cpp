@@ -1,9 +1,11 @@
 // Compiled once per instruction set, with FASTCELL_ISA naming the set.
 #include "../cells/gru.h"
+#include "../cells/gru_options.h"
 #include "../cells/leaky.h"
 #include "../cells/lstm.h"
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
+#include "../cells/rnn_options.h"
 #include "backward.h"
 #include "engine.h"
 #include "forward.h"
@@ -23,6 +25,7 @@ constexpr CellKernels kernels_of(const char* name) {
                       Cell::states,
                       Cell::gates,
                       Cell::parameters,
+                      Cell::recurrent,
                       Vec<T>::lanes,
                       Packing<T, CellOf, Precision>::bytes,
                       Packing<T, CellOf, Precision>::pack,
@@ -62,29 +65,44 @@ void sigmoid_array(DType dtype, const void* x, void* y, int64_t count) {
   map_array(dtype, x, y, count, [](auto v) { return sigmoid(v); });
 }
 
-// One line per cell.
+// One line per cell: those that have narrow products too, then the others.
 template <class T, class Precision>
-constexpr CellKernels cells_of[] = {
+constexpr CellKernels narrow_cells[] = {
     kernels_of<T, cells::RnnTanh, Precision>("rnn_tanh"),
     kernels_of<T, cells::RnnRelu, Precision>("rnn_relu"),
     kernels_of<T, cells::Lstm, Precision>("lstm"),
     kernels_of<T, cells::Gru, Precision>("gru"),
-    kernels_of<T, cells::LeakyTanh, Precision>("leaky_tanh"),
-    kernels_of<T, cells::LeakyRelu, Precision>("leaky_relu"),
-    kernels_of<T, cells::LstmPeephole, Precision>("lstm_peephole"),
-    kernels_of<T, cells::LstmCoupled, Precision>("lstm_coupled"),
-    kernels_of<T, cells::LstmCoupledPeephole, Precision>("lstm_coupled_peephole"),
 };
-constexpr auto& plain_cells = cells_of<float, Exact<float>>;
+template <class T>
+constexpr CellKernels other_cells[] = {
+    kernels_of<T, cells::LeakyTanh, Exact<T>>("leaky_tanh"),
+    kernels_of<T, cells::LeakyRelu, Exact<T>>("leaky_relu"),
+    kernels_of<T, cells::LstmPeephole, Exact<T>>("lstm_peephole"),
+    kernels_of<T, cells::LstmCoupled, Exact<T>>("lstm_coupled"),
+    kernels_of<T, cells::LstmCoupledPeephole, Exact<T>>("lstm_coupled_peephole"),
+    kernels_of<T, cells::RnnGeneral, Exact<T>>("rnn_general"),
+    kernels_of<T, cells::Independent, Exact<T>>("independent"),
+    kernels_of<T, cells::LstmGeneral, Exact<T>>("lstm_general"),
+    kernels_of<T, cells::LstmPeepholeGeneral, Exact<T>>("lstm_peephole_general"),
+    kernels_of<T, cells::LstmCoupledGeneral, Exact<T>>("lstm_coupled_general"),
+    kernels_of<T, cells::LstmCoupledPeepholeGeneral, Exact<T>>("lstm_coupled_peephole_general"),
+    kernels_of<T, cells::GruGeneral, Exact<T>>("gru_general"),
+};
+
+template <size_t n>
+constexpr CellTable table_of(const CellKernels (&cells)[n]) {
+  return {cells, int(n)};
+}
 
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
-    int(sizeof plain_cells / sizeof *plain_cells),
-    {{plain_cells, cells_of<float, BFloat16>, cells_of<float, Int8>},
-     {cells_of<double, Exact<double>>, nullptr, nullptr}},
+    {{table_of(narrow_cells<float, Exact<float>>), table_of(narrow_cells<float, BFloat16>),
+      table_of(narrow_cells<float, Int8>)},
+     {table_of(narrow_cells<double, Exact<double>>), {}, {}}},
+    {table_of(other_cells<float>), table_of(other_cells<double>)},
     tanh_array,
     sigmoid_array,
     run_fma,

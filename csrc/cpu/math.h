@@ -10,6 +10,7 @@
 //                         +inf -> 1, -inf -> 0, NaN -> NaN; below the normal numbers 0 or nearly so
 #pragma once
 
+#include "../common/noise.h"
 #include "simd.h"
 
 namespace fastcell::FASTCELL_ISA {
@@ -104,6 +105,19 @@ FASTCELL_INLINE Vec<T> tanh(Vec<T> x) {
   const V expm1 = fma(e.scale, e.p, e.scale - V(1));
   const V magnitude = quotient(expm1, expm1 + V(2));
   return V::from_bits(magnitude.bits() | sign);
+}
+
+// Zoneout's part of a state that stays, per unit: drawn by `key`, or without one the probability.
+template <class T>
+FASTCELL_INLINE Vec<T> hold(double probability, const noise::Bits* key, int64_t unit) {
+  using V = Vec<T>;
+  if (!key || probability == 0) return V(T(probability));
+  const noise::Bits below = noise::threshold(probability);
+  alignas(64) T drawn[V::lanes];
+  for (int i = 0; i < V::lanes; ++i) {
+    drawn[i] = noise::draw(*key, noise::Bits(unit) + noise::Bits(i)) < below ? T(1) : T(0);
+  }
+  return V::load(drawn);
 }
 
 }  // namespace fastcell::FASTCELL_ISA

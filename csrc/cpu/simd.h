@@ -65,7 +65,7 @@ struct Mask {
 
 template <class T>
 struct Vec {
-  using Scalar = T;
+  using Number = T;
   using Bits = typename Raw<T>::bits;
   static constexpr int lanes = kVectorBytes / int(sizeof(T));
 

@@ -31,10 +31,11 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 
   struct Ahead {
     R saved[kSaved], d_y, c_before, c_after, h_before, h_after;
+    bool anew;  // whether the step began with zeros
   };
   Pair<R> pairs[kPairs];  // h and c: gradients that are on their way
   Ahead ahead[kPairs];
-  V parameters[kPairs][C::parameters + 1];
+  V parameters[kPairs][C::parameters + C::held + 1];
   const auto look_ahead = [&](Index s) {
     const Index t = time(s);
 #pragma unroll
@@ -49,13 +50,16 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           begun && pair.exists ? row_of(p, block.direction ? t + 1 : t - 1, pair.sample) : 0;
       if (pair.output_exists && d_y) to.d_y = widen(d_y[row * y_stride + pair.index]);
       if (!pair.exists) continue;
+      to.anew = begins_anew(p, row);
 #pragma unroll
       for (int v = 0; v < C::saved; ++v) {
         to.saved[v] = gates[row * p.gate_stride + v * p.hidden + pair.index];
       }
       if (!projected) {
         to.h_after = widen(y[row * y_stride + pair.index]);
-        if (begun) {
+        if (to.anew) {
+          to.h_before = R(0);
+        } else if (begun) {
           to.h_before = widen(y[before * y_stride + pair.index]);
         } else if (side.first[0]) {
           to.h_before =
@@ -64,13 +68,27 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
       }
       if (C::states > 1) {
         to.c_after = cells[row * p.hidden + pair.index];
-        if (begun) {
+        if (to.anew) {
+          to.c_before = R(0);
+        } else if (begun) {
           to.c_before = cells[before * p.hidden + pair.index];
         } else if (side.first[1]) {
           to.c_before = static_cast<const R*>(side.first[1])[pair.sample * p.hidden + pair.index];
         }
       }
     }
+  };
+
+  // What the step before step s of this pass, which is later in time, adds to h's gradient.
+  const auto from_later = [&](const Pair<R>& pair, Index s) {
+    R sum[1] = {};
+    if constexpr (C::recurrent) block.gather(pair.row, pair.unit, sum);
+    if (side.factors) sum[0] = sum[0] * factor_of(block, pair);
+    if (p.reset && s > 0) {
+      const Index t = time(s - 1);
+      if (t < pair.length && begins_anew(p, row_of(p, t, pair.sample))) sum[0] = R(0);
+    }
+    return sum[0];
   };
 
   block.begin();
@@ -89,16 +107,14 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     const int slot = int(s & 1);
     if (s > p.begin && !(right = block.await())) break;
     if (projected && (p.stages & kOutput)) {
-      block.multiply(slot);
+      if constexpr (C::recurrent) block.multiply(slot);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         Pair<R>& pair = pairs[i];
         if (!pair.output_exists) continue;
         E stored{}, operand{};
-        R sum[1];
-        block.gather(pair.row, pair.unit, sum);
         // Steps that a sample does not have hand its gradient on.
-        pair.h = pair.h + sum[0];
+        pair.h = pair.h + from_later(pair, s);
         if (t < pair.length) {
           const R d_h = pair.h + ahead[i].d_y;
           pair.h = R(0);
@@ -117,7 +133,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
       if (projected) {
         if ((p.stages & kOutput) && !(right = block.await())) break;
         block.multiply_projected();
-      } else {
+      } else if constexpr (C::recurrent) {
         block.multiply(slot);
       }
 #pragma unroll
@@ -128,10 +144,13 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         V d_a[kColumns];
 #pragma unroll
         for (int g = 0; g < kColumns; ++g) d_a[g] = V(0);
-        R sum[1];
-        block.gather(pair.row, pair.unit, sum);
+        R sum[1] = {};
         // Steps that a sample does not have hand its gradient on.
-        if (!projected) pair.h = pair.h + sum[0];
+        if (projected) {
+          block.gather(pair.row, pair.unit, sum);
+        } else {
+          pair.h = pair.h + from_later(pair, s);
+        }
         if (alive) {
           const Ahead& given = ahead[i];
           const R d_h = projected ? sum[0] : pair.h + given.d_y;
@@ -140,9 +159,10 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           const V before[2] = {V(given.h_before), V(given.c_before)};
           const V after[2] = {V(given.h_after), V(given.c_after)};
           V d_state[2] = {V(d_h), V(pair.c)};
-          C::backward(saved, parameters[i], before, after, d_state, d_a);
-          if (!projected) pair.h = C::direct ? d_state[0].v : R(0);
-          pair.c = d_state[1].v;
+          load_held<C>(block, row_of(p, t, pair.sample), pair.index, parameters[i]);
+          C::backward(p.options, saved, parameters[i], before, after, d_state, d_a);
+          if (!projected) pair.h = C::direct && !given.anew ? d_state[0].v : R(0);
+          pair.c = given.anew ? R(0) : d_state[1].v;
         }
         if (alive || !p.offsets) {
           E* to = d_gates + row_of(p, t, pair.sample) * d_stride + pair.index;
@@ -165,13 +185,10 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   if (right && p.finish) {
     right = p.begin == p.end || block.await();
     if (right) {
-      block.multiply(int(p.end & 1));
+      if constexpr (C::recurrent) block.multiply(int(p.end & 1));
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        if (!pairs[i].output_exists) continue;
-        R sum[1];
-        block.gather(pairs[i].row, pairs[i].unit, sum);
-        pairs[i].h = pairs[i].h + sum[0];
+        if (pairs[i].output_exists) pairs[i].h = pairs[i].h + from_later(pairs[i], p.end);
       }
     }
   }

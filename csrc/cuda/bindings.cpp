@@ -5,6 +5,7 @@
 #include <array>
 #include <string>
 
+#include "../cell_options.h"
 #include "plan.h"
 #include "run.h"
 
@@ -20,10 +21,11 @@ using Pointer = std::uintptr_t;
 void* at(Pointer p) { return reinterpret_cast<void*>(p); }
 
 // The members of Side, in their order; 0 for null.
-constexpr size_t kSidePointers = 15;
+constexpr size_t kSidePointers = 16;
 cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
-  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]),    at(p[4]),  {at(p[5]), at(p[6])}, at(p[7]),
-          at(p[8]), at(p[9]), {at(p[10]), at(p[11])}, at(p[12]), at(p[13]), at(p[14]), nullptr};
+  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]), at(p[4]), at(p[5]), {at(p[6]), at(p[7])},
+          at(p[8]), at(p[9]), at(p[10]), {at(p[11]), at(p[12])}, at(p[13]), at(p[14]), at(p[15]),
+          nullptr};
 }
 
 }  // namespace
@@ -57,7 +59,8 @@ void bind_cuda(py::module_& module) {
           "run",
           [](const Plan& plan, Pointer stream,
              const std::vector<std::array<Pointer, kSidePointers>>& sides, Pointer flags,
-             Pointer offsets, Pointer lengths, int gate_stride, Pointer y, Pointer d_y, bool keep,
+             Pointer offsets, Pointer lengths, Pointer reset, Pointer seed,
+             const CellOptionsTuple& options, int layer, int gate_stride, Pointer y, Pointer d_y, bool keep,
              bool finish, Pointer status, long long patience) {
             if (int(sides.size()) != plan.sizes.directions) {
               throw std::invalid_argument("one side per direction");
@@ -70,6 +73,10 @@ void bind_cuda(py::module_& module) {
             }
             sweep.offsets = static_cast<const long long*>(at(offsets));
             sweep.lengths = static_cast<const long long*>(at(lengths));
+            sweep.reset = static_cast<const unsigned char*>(at(reset));
+            sweep.seed = static_cast<const unsigned long long*>(at(seed));
+            sweep.options = cell_options(options);
+            sweep.layer = layer;
             sweep.gate_stride = gate_stride;
             sweep.y = at(y);
             sweep.d_y = at(d_y);
@@ -81,16 +88,18 @@ void bind_cuda(py::module_& module) {
             cuda::run(plan, sweep, at(stream));
           },
           py::arg("stream"), py::arg("sides"), py::arg("flags"), py::arg("offsets"),
-          py::arg("lengths"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"),
+          py::arg("lengths"), py::arg("reset"), py::arg("seed"), py::arg("options"),
+          py::arg("layer"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"),
           py::arg("keep"), py::arg("finish"), py::arg("status"), py::arg("patience"));
 
   module.def(
       "cuda_cell",
       [](const std::string& name) {
         const cuda::CellFacts& cell = cuda::cell_facts(name);
-        return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved, cell.parameters);
+        return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved, cell.parameters,
+                              cell.recurrent);
       },
-      py::arg("name"), "(gates, apart, states, saved, parameters) of a cell.");
+      py::arg("name"), "(gates, apart, states, saved, parameters, recurrent) of a cell.");
   module.def(
       "cuda_limits",
       [](int device) {

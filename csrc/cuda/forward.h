@@ -1,6 +1,7 @@
 // The forward pass: steps of one layer, both directions at once.
 #pragma once
 
+#include "../common/noise.h"
 #include "block.h"
 #include "scalar.h"
 
@@ -51,6 +52,34 @@ FASTCELL_INLINE void load_parameters(const Block& block, const Pair<typename Blo
   }
 }
 
+// Zoneout's part of each state that stays, behind the cell's parameters.
+template <class C, class Block, class V, int N>
+FASTCELL_INLINE void load_held(const Block& block, Index row, Index unit, V (&to)[N]) {
+  const Sweep& p = block.p;
+#pragma unroll
+  for (int i = 0; i < C::held; ++i) {
+    double part = p.options.zoneout[i];
+    if (p.seed && part > 0) {
+      const auto key = noise::row_key(*p.seed, noise::Bits(p.layer + block.direction),
+                                      noise::Bits(i), noise::Counter(row));
+      part = noise::draw(key, noise::Bits(unit)) < noise::threshold(part) ? 1 : 0;
+    }
+    to[C::parameters + i] = V(typename V::Number(part));
+  }
+}
+
+// Whether step t begins with zeros for a sample that has it.
+FASTCELL_INLINE bool begins_anew(const Sweep& p, Index row) { return p.reset && p.reset[row]; }
+
+// What the recurrent product takes for a sample's h, or its gradient.
+template <class Block>
+FASTCELL_INLINE typename Block::R factor_of(const Block& block,
+                                            const Pair<typename Block::R>& pair) {
+  const auto* factors = static_cast<const typename Block::E*>(block.side.factors);
+  if (!factors) return 1;
+  return widen(factors[pair.sample * block.p.output + pair.index]);
+}
+
 template <class Block>
 FASTCELL_INLINE void keep_pair(const Block& block, const Pair<typename Block::R>& pair) {
   using R = typename Block::R;
@@ -84,7 +113,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const auto time = [&](Index s) { return block.direction ? p.steps - 1 - s : s; };
 
   Pair<R> pairs[kPairs];
-  V parameters[kPairs][C::parameters + 1];
+  V parameters[kPairs][C::parameters + C::held + 1];
   R ahead[kPairs][kGates];
   R apart_bias[kPairs][kApart > 0 ? kApart : 1];
   const auto look_ahead = [&](Index s) {
@@ -97,6 +126,17 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) ahead[i][g] = alive ? from[g * p.hidden] : R(0);
     }
+  };
+
+  // h for the product of step s.
+  const auto publish_h = [&](const Pair<R>& pair, Index s) {
+    R h = pair.h;
+    if (side.factors) h = h * factor_of(block, pair);
+    if (p.reset && s < p.steps) {
+      const Index t = time(s);
+      if (t < pair.length && begins_anew(p, row_of(p, t, pair.sample))) h = R(0);
+    }
+    Operand<P>::from(h, block.to_publish(int(s & 1), pair.row)[pair.index]);
   };
 
   block.begin();
@@ -119,7 +159,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     const int slot = int(s & 1);
     if (s > p.begin && !block.await()) break;
     if (p.stages & kCell) {
-      block.multiply(slot);
+      if constexpr (C::recurrent) block.multiply(slot);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         Pair<R>& pair = pairs[i];
@@ -127,8 +167,11 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         const bool alive = t < pair.length;
         E operand{};
         if (alive) {
-          R sum[kGates];
-          block.gather(pair.row, pair.unit, sum);
+          R sum[kGates] = {};
+          if constexpr (C::recurrent) block.gather(pair.row, pair.unit, sum);
+          const Index row = row_of(p, t, pair.sample);
+          if (begins_anew(p, row)) pair.h = pair.c = R(0);
+          load_held<C>(block, row, pair.index, parameters[i]);
           V a[kGates + kApart], state[2] = {V(projected ? R(0) : pair.h), V(pair.c)};
           V saved[kSaved];
 #pragma unroll
@@ -140,9 +183,8 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
               a[g + kApart] = V(sum[g] + apart_bias[i][g - (kGates - kApart)]);
             }
           }
-          C::forward(a, parameters[i], state, saved);
+          C::forward(p.options, a, parameters[i], state, saved);
           pair.c = state[1].v;
-          const Index row = row_of(p, t, pair.sample);
           if (p.keep) {
 #pragma unroll
             for (int v = 0; v < C::saved; ++v) {
@@ -171,7 +213,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         if (projected) {
           block.to_publish_projected(pair.row)[pair.index] = operand;
         } else {
-          Operand<P>::from(pair.h, block.to_publish(slot ^ 1, pair.row)[pair.index]);
+          publish_h(pair, s + 1);
         }
       }
       if (projected) {
@@ -198,7 +240,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         } else if (!p.offsets) {
           y[row_of(p, t, pair.sample) * y_stride + pair.index] = E{};
         }
-        Operand<P>::from(pair.h, block.to_publish(slot ^ 1, pair.row)[pair.index]);
+        publish_h(pair, s + 1);
       }
       block.publish(slot ^ 1, 1);
     }

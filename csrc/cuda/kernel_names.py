@@ -18,6 +18,13 @@ CELLS = {
     "lstm_peephole": "LstmPeephole",
     "lstm_coupled": "LstmCoupled",
     "lstm_coupled_peephole": "LstmCoupledPeephole",
+    "rnn_general": "RnnGeneral",
+    "independent": "Independent",
+    "lstm_general": "LstmGeneral",
+    "lstm_peephole_general": "LstmPeepholeGeneral",
+    "lstm_coupled_general": "LstmCoupledGeneral",
+    "lstm_coupled_peephole_general": "LstmCoupledPeepholeGeneral",
+    "gru_general": "GruGeneral",
 }
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")

@@ -4,10 +4,12 @@
 #include <stdexcept>
 
 #include "../cells/gru.h"
+#include "../cells/gru_options.h"
 #include "../cells/leaky.h"
 #include "../cells/lstm.h"
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
+#include "../cells/rnn_options.h"
 #include "shared_layout.h"
 
 namespace fastcell::cuda {
@@ -16,7 +18,8 @@ namespace {
 template <template <class> class Cell>
 constexpr CellFacts facts(const char* name, const char* type, bool persistent) {
   using C = Cell<float>;
-  return {name, type, C::gates, C::apart, C::states, C::saved, C::parameters, persistent};
+  return {name, type, C::gates, C::apart, C::states, C::saved, C::parameters, C::recurrent,
+          persistent};
 }
 
 // As in kernel_names.py.
@@ -30,6 +33,14 @@ constexpr CellFacts kCells[] = {
     facts<cells::LstmPeephole>("lstm_peephole", "LstmPeephole", false),
     facts<cells::LstmCoupled>("lstm_coupled", "LstmCoupled", false),
     facts<cells::LstmCoupledPeephole>("lstm_coupled_peephole", "LstmCoupledPeephole", false),
+    facts<cells::RnnGeneral>("rnn_general", "RnnGeneral", false),
+    facts<cells::Independent>("independent", "Independent", false),
+    facts<cells::LstmGeneral>("lstm_general", "LstmGeneral", false),
+    facts<cells::LstmPeepholeGeneral>("lstm_peephole_general", "LstmPeepholeGeneral", false),
+    facts<cells::LstmCoupledGeneral>("lstm_coupled_general", "LstmCoupledGeneral", false),
+    facts<cells::LstmCoupledPeepholeGeneral>("lstm_coupled_peephole_general",
+                                             "LstmCoupledPeepholeGeneral", false),
+    facts<cells::GruGeneral>("gru_general", "GruGeneral", false),
 };
 constexpr ProductsFacts kProductsFacts[] = {
     {"float64", "Float64", 8, 8, false, false, 150, 75},

@@ -12,6 +12,7 @@ struct CellFacts {
   const char* name;  // in Python
   const char* type;  // in C++
   int gates, apart, states, saved, parameters;
+  bool recurrent;
   bool persistent;  // whether there are kernels for all steps at once
 };
 struct ProductsFacts {

@@ -7,6 +7,7 @@ namespace fastcell::cuda {
 
 template <class T>
 struct Scalar {
+  using Number = T;
   T v;
   Scalar() = default;
   FASTCELL_INLINE explicit Scalar(T x) : v(x) {}

@@ -1,6 +1,8 @@
 // One launch's parameter: a layer, in one or both directions, over some or all of its steps.
 #pragma once
 
+#include "../common/options.h"
+
 namespace fastcell::cuda {
 
 constexpr int kThreads = 256;
@@ -23,6 +25,7 @@ struct Side {
   // backward pass, if anything is. Backward: what was saved.
   void* gates;
   const void* parameters;  // R (parameters, H): the cell's own vectors, or null
+  const void* factors;     // E (B, P), of h in the recurrent product, or null
   const void* apart_bias;  // R (apart * H): biases of the recurrent terms that stay apart, or null
   // What passes from step to step, R: h (B, P) and c (B, H), in the backward pass their gradients.
   void* carry[2];
@@ -42,6 +45,12 @@ struct Sweep {
   long long steps, batch;
   const long long* offsets;  // packed: T + 1 first rows; else null
   const long long* lengths;  // (B): steps of each sample; null: all
+  // R's rows before which a sample's states become zero, and what zoneout draws from (null: it takes
+  // the expectation).
+  const unsigned char* reset;
+  const unsigned long long* seed;
+  CellOptions options;
+  int layer;                 // index of the first direction's
   int hidden;                // H
   int output;                // P, or H
   int directions;

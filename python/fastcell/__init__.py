@@ -19,7 +19,7 @@ from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
 from .info import info
-from .modules import GRU, LSTM, RNN, LeakyRNN
+from .modules import GRU, LSTM, RNN, IndRNN, LeakyRNN
 from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream
 
@@ -28,6 +28,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
     "LeakyRNN",
     "QuantizedCell",

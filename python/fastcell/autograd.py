@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import operators, transforms, vmap
-from .cells import CELLS
+from .cells import spec_of
 from .double_backward import composite_backward, double_backward
-from .plan import Config
+from .plan import Config, Extras
 
+_EXTRAS = len(Extras._fields)
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -28,11 +29,11 @@ def differentiable(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The stack's output and final states, with the graph for their derivatives."""
     hx = hx or ()
-    arguments = (config, len(hx), batch_sizes, masks, input, *hx, *weights)
+    arguments = (config, len(hx), batch_sizes, *extras, input, *hx, *weights)
     if _transforms_active():
         output, *states, _ = MappableStack.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
@@ -52,18 +53,16 @@ class RecurrentStack(Function):
         config: Config,
         state_count: int,
         batch_sizes: Tensor | None,
-        masks: Tensor | None,
-        input: Tensor,
-        *tensors: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        hx, weights = tensors[:state_count] or None, tensors[state_count:]
+        extras, input, hx, weights = _arguments(state_count, tensors)
         output, states, reserve = operators.forward(
-            config, input, hx, weights, batch_sizes, masks, True
+            config, input, hx, weights, batch_sizes, extras, True
         )
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
         # Not the output: the caller may change it in place.
-        ctx.save_for_backward(batch_sizes, masks, None, reserve, input, *tensors)
+        ctx.save_for_backward(batch_sizes, None, reserve, *tensors)
         return output, *states
 
     @staticmethod
@@ -82,24 +81,22 @@ class MappableStack(Function):
         config: Config,
         state_count: int,
         batch_sizes: Tensor | None,
-        masks: Tensor | None,
-        input: Tensor,
-        *tensors: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
-        hx, weights = tensors[:state_count] or None, tensors[state_count:]
+        extras, input, hx, weights = _arguments(state_count, tensors)
         output, states, reserve = operators.forward(
-            config, input, hx, weights, batch_sizes, masks, True
+            config, input, hx, weights, batch_sizes, extras, True
         )
         return output, *states, reserve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.config, ctx.state_count, batch_sizes, masks, *tensors = inputs
+        ctx.config, ctx.state_count, batch_sizes, *tensors = inputs
         reserve = output[-1]
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
         # The output tells the rule of vmap whether a whole batch was kept as one.
-        ctx.save_for_backward(batch_sizes, masks, output[0], reserve, *tensors)
+        ctx.save_for_backward(batch_sizes, output[0], reserve, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -112,26 +109,27 @@ class MappableStack(Function):
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     """The gradients for the arguments of ``apply``; ``grads``: of output and final states."""
-    batch_sizes, masks, output, reserve, input, *tensors = ctx.saved_tensors
-    config, state_count, needs = ctx.config, ctx.state_count, ctx.needs_input_grad[4:]
-    hx, weights = tensors[:state_count] or None, tensors[state_count:]
+    batch_sizes, output, reserve, *tensors = ctx.saved_tensors
+    config, state_count = ctx.config, ctx.state_count
+    needs = ctx.needs_input_grad[3 + _EXTRAS :]
+    extras, input, hx, weights = _arguments(state_count, tensors)
     if transforms.forward_mode() or any([g is not None and _is_legacy_batched(g) for g in grads]):
         # Without rules: forward mode of what ran before in reverse, and the old vmap of
         # torch.autograd.grad(is_grads_batched=True).
-        found = composite_backward(config, grads, input, hx, weights, batch_sizes, masks, needs)
+        found = composite_backward(config, grads, input, hx, weights, batch_sizes, extras, needs)
     elif torch.is_grad_enabled() or _transforms_active():
-        saved = (batch_sizes, masks, output, reserve)
+        saved = (batch_sizes, *extras, output, reserve)
         some = iter(
             RecurrentStackGradient.apply(  # type: ignore[no-untyped-call]
-                config, state_count, needs, *saved, *grads, input, *tensors
+                config, state_count, needs, *saved, *grads, *tensors[_EXTRAS:]
             )
         )
         found = [next(some) if need else None for need in needs]
     else:
         found = operators.backward(
-            config, grads[0], grads[1:], input, hx, weights, batch_sizes, masks, reserve, needs
+            config, grads[0], grads[1:], input, hx, weights, batch_sizes, extras, reserve, needs
         )
-    return None, None, None, None, *found
+    return *(None,) * (3 + _EXTRAS), *found
 
 
 class RecurrentStackGradient(Function):
@@ -143,33 +141,42 @@ class RecurrentStackGradient(Function):
         state_count: int,
         needs: Sequence[bool],
         batch_sizes: Tensor | None,
-        masks: Tensor | None,
-        output: Tensor | None,
-        reserve: Tensor,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
+        extras, (_, reserve, *tensors) = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
         (grad_output, *grad_states), input, hx, weights = _split(config, state_count, tensors)
         found = operators.backward(
-            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, reserve, needs
+            config,
+            grad_output,
+            grad_states,
+            input,
+            hx,
+            weights,
+            batch_sizes,
+            extras,
+            reserve,
+            needs,
         )
         return tuple([grad for grad in found if grad is not None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # The derivative recomputes what it needs: output and reserve (inputs 5, 6) are not saved.
-        ctx.config, ctx.state_count, ctx.needs, batch_sizes, masks, _, _, *tensors = inputs
+        # The derivative recomputes what it needs: output and reserve are not saved.
+        ctx.config, ctx.state_count, ctx.needs, batch_sizes, *tensors = inputs
+        extras, (_, _, *tensors) = tensors[:_EXTRAS], tensors[_EXTRAS:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, masks, *tensors)
+        ctx.save_for_backward(batch_sizes, *extras, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
-        batch_sizes, masks, *tensors = ctx.saved_tensors
+        batch_sizes, *tensors = ctx.saved_tensors
+        extras, tensors = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
         grads, input, hx, weights = _split(ctx.config, ctx.state_count, tensors)
         found = double_backward(
-            ctx.config, grads, input, hx, weights, batch_sizes, masks, ctx.needs, grad_grads,
-            ctx.needs_input_grad[7:],
+            ctx.config, grads, input, hx, weights, batch_sizes, extras, ctx.needs, grad_grads,
+            ctx.needs_input_grad[6 + _EXTRAS :],
         )  # fmt: skip
-        return *(None,) * 7, *found
+        return *(None,) * (6 + _EXTRAS), *found
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -178,8 +185,15 @@ class RecurrentStackGradient(Function):
         )
 
 
+def _arguments(state_count: int, tensors: Sequence[Any]) -> tuple[Extras, Any, Any, Any]:
+    """(*extras, input, *hx, *weights) -> (extras, input, hx or None, weights)."""
+    at = _EXTRAS + 1 + state_count
+    hx = tensors[_EXTRAS + 1 : at] or None
+    return Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS], hx, tensors[at:]
+
+
 def _split(config: Config, state_count: int, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
     """(*gradients, input, *hx, *weights) -> (gradients, input, hx or None, weights)."""
-    at = 1 + CELLS[config.cell].states
+    at = 1 + spec_of(config.cell).states
     states = at + 1 + state_count
     return tensors[:at], tensors[at], tensors[at + 1 : states] or None, tensors[states:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .cells import CELLS
+from .cells import spec_of
 from .checks import check_tensors
 from .functional import States
 from .modules import Swappable
@@ -26,7 +26,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
 
         The caller has refused other ranks.
         """
-        spec = CELLS[cell]
+        spec = spec_of(cell)
         w_ih, w_hh, b_ih, b_hh = self._weights()
         if w_ih is None or w_hh is None:
             name, position = ("w_ih", 3) if w_ih is None else ("w_hh", 4)
@@ -64,7 +64,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         elif b_hh is not None:
             weights += torch.zeros_like(b_hh), b_hh
         bias = len(weights) == 4
-        check_tensors(input, states, weights, 1, spec.gates, input_size, hidden_size, 0, 1, 1, bias)
+        check_tensors(input, states, weights, 1, spec, input_size, hidden_size, 0, 1, 1, bias)
         if hidden_size == 0:
             # torch allows it. A state of no element is made so that a gradient can flow through.
             states = (torch.nn.functional.linear(input, w_ih, b_ih),) * spec.states

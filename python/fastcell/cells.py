@@ -6,8 +6,10 @@ A cell's equations live in two places only: ``csrc/cells/<cell>.h`` (the kernels
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class CellSpec:
         parameters: vectors (H) that the cell has besides its matrices and biases, as the rows of
             one more weight, the last of its layer and direction.
         parameters_name: of that weight.
+        recurrent: whether there is a matrix ``weight_hh``; else those vectors are in its place.
         autocast: whether a whole layer runs in the autocast dtype on a CPU, as torch.nn's does.
         autocast_cell: the same for the single-step module.
     """
@@ -29,27 +32,148 @@ class CellSpec:
     name: str
     gates: int
     states: int
-    projection: bool
-    autocast: bool
-    autocast_cell: bool
+    projection: bool = False
+    autocast: bool = True
+    autocast_cell: bool = False
     parameters: int = 0
     parameters_name: str = ""
+    recurrent: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Of the weight that the cell has besides ``weight_ih``, ``weight_hh`` and the biases."""
+        return self.parameters if self.recurrent else 0
+
+
+class Options(NamedTuple):
+    """What a cell is told besides its kind. The order is that of csrc/common/options.h.
+
+    Attributes:
+        activation: of the candidate: an LSTM's g, a GRU's n, an RNN's h.
+        output_activation: of an LSTM's c, before the output gate.
+        clip: bound on the arguments of all activations.
+        zoneout_h, zoneout_c: probabilities with which a unit keeps its h, its c.
+    """
+
+    activation: str = "tanh"
+    output_activation: str = "tanh"
+    clip: float = math.inf
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+
+    @property
+    def zoneout(self) -> tuple[float, float]:
+        return self.zoneout_h, self.zoneout_c
+
+
+# Those whose kernels also multiply in 16 and 8 bits.
+NARROW_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity", "softsign", "elu")
+_PLAIN = Options()
+
+
+def _lstms() -> Iterator[CellSpec]:
+    for general in ("", "_general"):
+        yield CellSpec("lstm" + general, 4, 2, True)
+        yield CellSpec("lstm_peephole" + general, 4, 2, True, True, False, 3, "weight_peephole")
+        yield CellSpec("lstm_coupled" + general, 3, 2, True)
+        yield CellSpec(
+            "lstm_coupled_peephole" + general, 3, 2, True, True, False, 2, "weight_peephole"
+        )
 
 
 CELLS: dict[str, CellSpec] = {
     spec.name: spec
     for spec in (
-        CellSpec("rnn_tanh", 1, 1, projection=False, autocast=True, autocast_cell=True),
-        CellSpec("rnn_relu", 1, 1, projection=False, autocast=True, autocast_cell=True),
-        CellSpec("lstm", 4, 2, projection=True, autocast=True, autocast_cell=False),
-        CellSpec("gru", 3, 1, projection=False, autocast=False, autocast_cell=False),
+        CellSpec("rnn_tanh", 1, 1, autocast_cell=True),
+        CellSpec("rnn_relu", 1, 1, autocast_cell=True),
+        CellSpec("rnn_general", 1, 1, autocast_cell=True),
         CellSpec("leaky_tanh", 1, 1, False, True, True, 1, "weight_leak"),
         CellSpec("leaky_relu", 1, 1, False, True, True, 1, "weight_leak"),
-        CellSpec("lstm_peephole", 4, 2, True, True, False, 3, "weight_peephole"),
-        CellSpec("lstm_coupled", 3, 2, True, True, False),
-        CellSpec("lstm_coupled_peephole", 3, 2, True, True, False, 2, "weight_peephole"),
+        CellSpec("independent", 1, 1, False, True, True, 1, "weight_hh", recurrent=False),
+        *_lstms(),
+        CellSpec("gru", 3, 1, autocast=False),
+        CellSpec("gru_general", 3, 1, autocast=False),
     )
 }
+
+
+def checked_options(
+    cell: str,
+    *,
+    activation: str = "tanh",
+    output_activation: str = "tanh",
+    clip: float | None = None,
+    zoneout: float | tuple[float, float] = 0.0,
+    projected: bool = False,
+) -> Options:
+    """The options of a layer, as its user gives them.
+
+    Raises ValueError for what is no activation, bound or probability.
+    """
+    for name in (activation, output_activation):
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be a positive number or None, got {clip!r}")
+    states = spec_of(cell).states
+    parts = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,) * states
+    if len(parts) != states or not all([0 <= p <= 1 for p in parts]):
+        wanted = "a probability or a pair of them, of h and c" if states > 1 else "a probability"
+        raise ValueError(f"zoneout must be {wanted}, got {zoneout!r}")
+    if projected and parts[0] > 0:
+        raise ValueError(f"with proj_size only c can be zoned out, zoneout=(0, p): got {zoneout!r}")
+    return Options(
+        activation,
+        output_activation,
+        math.inf if clip is None else float(clip),
+        *[float(p) for p in parts],
+    )
+
+
+def checked_probability(name: str, p: float) -> float:
+    """``p``, or ValueError where it is no probability below 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be from 0 to below 1, got {p!r}")
+    return float(p)
+
+
+def with_options(cell: str, options: Options) -> str:
+    """The name of a cell with these options: itself, unless there are some."""
+    if options == _PLAIN:
+        return cell
+    if not cell.endswith("_general") and f"{cell}_general" in CELLS:
+        cell += "_general"
+    named = f"{cell}[{','.join(map(str, options))}]"
+    if len(_known) < 256:
+        _known[named] = CELLS[cell], options
+    return named
+
+
+# Names with options that were made here: no cache of functools, which Dynamo warns of.
+_known: dict[str, tuple[CellSpec, Options]] = {}
+
+
+def _parsed(cell: str) -> tuple[CellSpec, Options]:
+    if cell in _known:
+        return _known[cell]
+    name, bracket, options = cell.partition("[")
+    parts = options.removesuffix("]").split(",")
+    if name not in CELLS or (bracket and len(parts) != len(Options._fields)):
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if not bracket:
+        return CELLS[name], _PLAIN
+    return CELLS[name], Options(parts[0], parts[1], *map(float, parts[2:]))
+
+
+def spec_of(cell: str) -> CellSpec:
+    """What is known of a cell, by its name with or without options."""
+    return CELLS.get(cell) or _parsed(cell)[0]
+
+
+def options_of(cell: str) -> Options:
+    """The options in a cell's name."""
+    return _PLAIN if cell in CELLS else _parsed(cell)[1]
 
 
 # How torch.nn's layers name their cell, in the attribute ``mode``.
@@ -61,9 +185,32 @@ def cell_of(layer: Any) -> str:
     return getattr(layer, "_cell", None) or CELL_OF_MODE[layer.mode]
 
 
-def lstm_cell(peephole: bool, coupled: bool) -> str:
-    """The name of an LSTM's cell."""
-    return "lstm" + "_coupled" * coupled + "_peephole" * peephole
+def rnn_cell(nonlinearity: str, zoneout: float) -> str:
+    """The name of an Elman layer's cell."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    cell = "rnn_" + nonlinearity
+    options = checked_options(cell, zoneout=zoneout)
+    if options == _PLAIN:
+        return cell
+    return with_options("rnn_general", options._replace(activation=nonlinearity))
+
+
+def independent_cell(nonlinearity: str, zoneout: float) -> str:
+    """The name of the cell of a layer of independent units."""
+    options = checked_options("independent", activation=nonlinearity, zoneout=zoneout)
+    return with_options("independent", options)
+
+
+def lstm_cell(peephole: bool = False, coupled: bool = False, **options: Any) -> str:
+    """The name of an LSTM's cell; ``options``: those of ``checked_options``."""
+    cell = "lstm" + "_coupled" * coupled + "_peephole" * peephole
+    return with_options(cell, checked_options(cell, **options))
+
+
+def gru_cell(**options: Any) -> str:
+    """The name of a GRU's cell; ``options``: those of ``checked_options``."""
+    return with_options("gru", checked_options("gru", **options))
 
 
 def weights_per_direction(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cells import weights_per_direction
+from .cells import CellSpec, weights_per_direction
 
 # What fastcell has kernels for.
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,14 +57,13 @@ def check_tensors(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     steps: int,
-    gates: int,
+    spec: CellSpec,
     input_size: int,
     hidden_size: int,
     proj_size: int,
     num_layers: int,
     directions: int,
     bias: bool,
-    parameters: int = 0,
 ) -> None:
     """Refuse tensors that do not belong together.
 
@@ -100,7 +99,7 @@ def check_tensors(
         if w.dtype != dtype:
             mixed = True
 
-    width = weights_per_direction(bias, proj_size > 0, parameters=parameters)
+    width = weights_per_direction(bias, proj_size > 0, parameters=spec.rows)
     if len(weights) != width * num_layers * directions:
         raise _explained(
             RuntimeError(
@@ -116,7 +115,9 @@ def check_tensors(
     if mixed and not _autocast_unites(input, hx, weights):
         _refuse_mixed(input, hx, weights)
 
-    rows = gates * hidden_size
+    rows = spec.gates * hidden_size
+    recurrent = rows if spec.recurrent else spec.parameters
+    parameters = spec.rows
     out_size = proj_size or hidden_size
     features = input_size
     k = 0
@@ -124,13 +125,13 @@ def check_tensors(
         for _ in range(directions):
             if (
                 weights[k].shape != (rows, features)
-                or weights[k + 1].shape != (rows, out_size)
+                or weights[k + 1].shape != (recurrent, out_size)
                 or (bias and (weights[k + 2].shape != (rows,) or weights[k + 3].shape != (rows,)))
                 or (proj_size > 0 and weights[k + 2 + 2 * bias].shape != (out_size, hidden_size))
                 or (parameters and weights[k + width - 1].shape != (parameters, hidden_size))
             ):
                 _refuse_shapes(
-                    weights[k : k + width], rows, features, out_size, hidden_size, bias,
+                    weights[k : k + width], rows, recurrent, features, out_size, hidden_size, bias,
                     proj_size > 0, parameters,
                 )  # fmt: skip
             k += width
@@ -166,6 +167,7 @@ def _refuse_mixed(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]
 def _refuse_shapes(
     weights: Sequence[Tensor],
     rows: int,
+    recurrent: int,
     features: int,
     out_size: int,
     hidden_size: int,
@@ -173,7 +175,7 @@ def _refuse_shapes(
     projected: bool,
     parameters: int,
 ) -> None:
-    shapes = {"weight_ih": [rows, features], "weight_hh": [rows, out_size]}
+    shapes = {"weight_ih": [rows, features], "weight_hh": [recurrent, out_size]}
     if bias:
         shapes |= {"bias_ih": [rows], "bias_hh": [rows]}
     if projected:

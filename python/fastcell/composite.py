@@ -6,87 +6,141 @@ without kernels. It is slow and exact; its step functions are the kernels' equat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import noise
 from .autocast import without_autocast
-from .cells import CELLS, weights_per_direction
-from .plan import Config
+from .cells import Options, options_of, spec_of, weights_per_direction
+from .plan import Config, Extras
 
 States = tuple[Tensor, ...]
 
 
-def _rnn_tanh(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
-    return (torch.tanh(x + h),)
+Step = Callable[[Tensor, Tensor, States, Tensor | None, Options], States]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+    "softsign": torch.nn.functional.softsign,
+    "elu": torch.nn.functional.elu,
+}
 
 
-def _rnn_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+def _rnn(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:
+    return (_ACTIVATIONS[options.activation](x + h),)
+
+
+def _rnn_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:
     return (torch.relu(x + h),)
 
 
-def _leaky_tanh(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
-    assert p is not None
-    return (p[0] * state[0] + (1 - p[0]) * torch.tanh(x + h),)
+def _leaky(plain: Step) -> Step:
+    def step(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:
+        assert p is not None
+        (v,) = plain(x, h, state, p, options)
+        return (p[0] * state[0] + (1 - p[0]) * v,)
+
+    return step
 
 
-def _leaky_relu(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
-    assert p is not None
-    return (p[0] * state[0] + (1 - p[0]) * torch.relu(x + h),)
-
-
-def _lstm(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+def _lstm(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:
     i, f, g, o = (x + h).chunk(4, -1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _lstm_variant(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
-    """With peepholes, coupled gates or both: rows of p are i, f (unless coupled), o."""
-    coupled = p is None or p.shape[0] == 2
-    *inner, g, o = (x + h).chunk(3 if coupled else 4, -1)
+def _lstm_variant(
+    x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options
+) -> States:
+    """With peepholes (rows of p: i, f unless coupled, o), coupled gates, options."""
+    activation, output_activation, clip, *_ = options
+
+    def bounded(a: Tensor) -> Tensor:
+        return a.clamp(-clip, clip) if clip < math.inf else a
+
+    gates = x.shape[-1] // state[1].shape[-1]
+    *inner, g, o = (x + h).chunk(gates, -1)
     if p is not None:
         inner = [a + row * state[1] for a, row in zip(inner, p, strict=False)]
-    i = torch.sigmoid(inner[0])
-    f = 1 - i if coupled else torch.sigmoid(inner[1])
-    c = f * state[1] + i * torch.tanh(g)
-    o = torch.sigmoid(o if p is None else o + p[-1] * c)
-    return o * torch.tanh(c), c
+    i = torch.sigmoid(bounded(inner[0]))
+    f = 1 - i if gates == 3 else torch.sigmoid(bounded(inner[1]))
+    c = f * state[1] + i * _ACTIVATIONS[activation](bounded(g))
+    o = torch.sigmoid(bounded(o if p is None else o + p[-1] * c))
+    return o * _ACTIVATIONS[output_activation](bounded(c)), c
 
 
-def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None) -> States:
+def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:
     xr, xz, xn = x.chunk(3, -1)
     hr, hz, hn = h.chunk(3, -1)
     z = torch.sigmoid(xz + hz)
-    n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
+    n = _ACTIVATIONS[options.activation](xn + torch.sigmoid(xr + hr) * hn)
     return ((1 - z) * n + z * state[0],)
 
 
-# (input term, recurrent term, previous states, the cell's own vectors) -> new states; each term
-# includes its bias.
-_STEPS: dict[str, Callable[[Tensor, Tensor, States, Tensor | None], States]] = {
-    "rnn_tanh": _rnn_tanh,
+# (input term, recurrent term, previous states, the cell's own vectors, options) -> new states; each
+# term includes its bias.
+_STEPS: dict[str, Step] = {
+    "rnn_tanh": _rnn,
     "rnn_relu": _rnn_relu,
+    "rnn_general": _rnn,
+    "independent": _rnn,
     "lstm": _lstm,
     "gru": _gru,
-    "leaky_tanh": _leaky_tanh,
-    "leaky_relu": _leaky_relu,
-    "lstm_peephole": _lstm_variant,
-    "lstm_coupled": _lstm_variant,
-    "lstm_coupled_peephole": _lstm_variant,
+    "gru_general": _gru,
+    "leaky_tanh": _leaky(_rnn),
+    "leaky_relu": _leaky(_rnn_relu),
 }
 
 
+class _Part(NamedTuple):
+    """What belongs to one layer and direction of a call."""
+
+    cell: str
+    index: int
+    w_hh: Tensor
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    parameters: Tensor | None
+    extras: Extras
+
+
+def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
+    factors = part.extras.recurrent
+    if factors is not None:
+        h = h * factors[part.index, : h.shape[0]]
+    if spec_of(part.cell).recurrent:
+        return linear(h, part.w_hh, part.b_hh)
+    return h * part.w_hh if part.b_hh is None else h * part.w_hh + part.b_hh
+
+
+def _zoned(part: _Part, first: int, before: States, after: States) -> States:
+    """Of each state the part that zoneout keeps from before; ``first``: the step's first row."""
+    zoneout, seed = options_of(part.cell).zoneout, part.extras.seed
+    if not any(zoneout):
+        return after
+    states = []
+    for i, (p, old, new) in enumerate(zip(zoneout, before, after, strict=False)):
+        hold: Tensor | float = p
+        if seed is not None:
+            rows = torch.arange(first, first + new.shape[0], device=new.device)
+            hold = noise.held(seed, part.index, i, rows, new.shape[1], p).to(new.dtype)
+        states.append(new if p == 0 else hold * old + (1 - hold) * new)
+    return tuple(states)
+
+
 def _direction(
-    cell: str,
+    part: _Part,
     projected: Sequence[Tensor],
     state: States,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    parameters: Tensor | None,
     reverse: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
@@ -94,17 +148,26 @@ def _direction(
 
     ``lengths``: instead, all rows are there, and each sample's steps are as many.
     """
-    step = _STEPS[cell]
+    name, options = spec_of(part.cell).name, options_of(part.cell)
+    step = _STEPS.get(name, _lstm_variant)
     steps = len(projected)
     alive = [p.shape[0] for p in projected]
+    first = [0, *accumulate(alive)]
+    reset = None if part.extras.reset is None else part.extras.reset.reshape(-1)
     outputs: list[Tensor] = [projected[0]] * steps
     # A sample whose sequence has ended keeps its state behind those still running.
     for t in reversed(range(steps)) if reverse else range(steps):
         n = alive[t]
         current = tuple(s[:n] for s in state)
-        new = step(projected[t], linear(current[0], w_hh, b_hh), current, parameters)
-        if w_hr is not None:
-            new = (linear(new[0], w_hr), *new[1:])
+        if reset is not None:
+            anew = reset[first[t] : first[t] + n, None]
+            current = tuple(s.masked_fill(anew, 0) for s in current)
+        new = step(
+            projected[t], _recurrent_term(part, current[0]), current, part.parameters, options
+        )
+        new = _zoned(part, first[t], current, new)
+        if part.w_hr is not None:
+            new = (linear(new[0], part.w_hr), *new[1:])
         outputs[t] = new[0]
         if lengths is not None:
             runs = (t < lengths)[:, None]
@@ -126,7 +189,7 @@ def zero_states(
     else:
         assert batch_sizes is not None
         batch = int(batch_sizes[0])
-    spec = CELLS[config.cell]
+    spec = spec_of(config.cell)
     count = config.num_layers * (2 if config.bidirectional else 1)
     sizes = (weights[1].shape[1], weights[0].shape[0] // spec.gates)[: spec.states]
     return [input.new_zeros((count, batch, size)) for size in sizes]
@@ -138,7 +201,7 @@ def sequence(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> tuple[Tensor, States]:
     """The stack on ``input`` (T, B, I) (``batch_first``: (B, T, I); packed: (rows, I)).
 
@@ -149,7 +212,7 @@ def sequence(
     if hx is None:
         hx = zero_states(config, input, weights, batch_sizes)
     with without_autocast(input):
-        return _sequence(config, input, hx, weights, batch_sizes, masks)
+        return _sequence(config, input, hx, weights, batch_sizes, extras)
 
 
 def _sequence(
@@ -158,12 +221,12 @@ def _sequence(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> tuple[Tensor, States]:
     num_layers, bias, batch_first = config.num_layers, config.bias, config.batch_first
     directions = 2 if config.bidirectional else 1
     width = len(weights) // (num_layers * directions)
-    parameters = CELLS[config.cell].parameters
+    parameters = spec_of(config.cell).rows
     has_projection = width > weights_per_direction(bias, False, parameters=parameters)
     lengths = None
     if batch_sizes is not None and input.dim() == 3:
@@ -179,21 +242,25 @@ def _sequence(
 
     finals: list[States] = []
     for layer in range(num_layers):
-        if layer > 0 and masks is not None:
-            rows = rows * masks[layer - 1].reshape(rows.shape)
+        if layer > 0 and extras.dropout is not None:
+            rows = rows * extras.dropout[layer - 1].reshape(rows.shape)
         outputs = []
         for direction in range(directions):
             k = layer * directions + direction
             w = weights[k * width : (k + 1) * width]
             b_ih, b_hh = (w[2], w[3]) if bias else (None, None)
             out, final = _direction(
-                config.cell,
+                _Part(
+                    config.cell,
+                    k,
+                    w[1],
+                    b_hh,
+                    w[2 + 2 * bias] if has_projection else None,
+                    w[-1] if parameters else None,
+                    extras,
+                ),
                 linear(rows, w[0], b_ih).split(alive),  # type: ignore[no-untyped-call]
                 tuple(h[k] for h in hx),
-                w[1],
-                b_hh,
-                w[2 + 2 * bias] if has_projection else None,
-                w[-1] if parameters else None,
                 reverse=direction == 1,
                 lengths=lengths,
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .packing import dense, packed_weights
-from .plan import Config, bound_stack, plan_for, plan_for_symbolic
+from .plan import NO_EXTRAS, Config, Extras, bound_stack, plan_for, plan_for_symbolic
 
 __all__ = [
     "DTYPES", "Config", "backward", "bound_stack", "forward", "new_reserve", "row_offsets",
@@ -22,6 +22,7 @@ _SCRATCH_BYTES = 1 << 20
 DTYPES = (torch.float32, torch.float64)
 LENGTHS = False  # whether kernels take a padded batch with lengths of its samples
 # How the kernels read input and write output of other dtypes, which they compute in float32.
+_NO_POINTERS = (0,) * len(NO_EXTRAS)
 _STORAGE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -68,7 +69,7 @@ def forward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     keep: bool,
     output: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -76,7 +77,7 @@ def forward(
 
     ``output``: where to write it, steps of a tensor that an earlier call could have returned.
     The arguments are taken as checked. Input and states may have 16 bits, then the results have
-    too; ``masks`` are float32 then.
+    too; the factors of ``extras`` are float32 then.
     """
     threads = torch.get_num_threads()
     storage = _STORAGE.get(x.dtype, "same")
@@ -111,15 +112,21 @@ def forward(
     reserve = like.new_empty(rows * stack.reserve_row_elements) if keep else None
     workspace, _fresh = scratch(
         stack.forward_workspace(
-            steps, batch, rows, keep, masks is not None, storage != "same", threads
+            steps,
+            batch,
+            rows,
+            keep,
+            extras.dropout is not None,
+            extras.recurrent is not None,
+            storage != "same",
+            threads,
         )
     )
     h = c = None
     if hx is not None:
         h = dense(hx[0])
         c = None if c_final is None else dense(hx[1])
-    if masks is not None:
-        masks = dense(masks)
+    pointers, _kept = _pointers(extras)
     stack.forward(
         steps,
         batch,
@@ -133,7 +140,7 @@ def forward(
         y.data_ptr(),
         h_final.data_ptr(),
         0 if c_final is None else c_final.data_ptr(),
-        0 if masks is None else masks.data_ptr(),
+        pointers,
         packed_w.data_ptr(),
         0 if reserve is None else reserve.data_ptr(),
         workspace,
@@ -152,7 +159,7 @@ def backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     reserve: Tensor,
     needs: Sequence[bool],
     d_x: Tensor | None = None,
@@ -196,8 +203,7 @@ def backward(
         _gradients_of_nothing(grads, d_hx, grad_states)
         return grads
 
-    if masks is not None:
-        masks = dense(masks)
+    pointers, _kept = _pointers(extras)
     # None also stands for a second state that the cell does not have.
     d_states = [None if g is None else dense(g) for g in grad_states]
     d_h_final, d_c_final = (*d_states, None)[:2]
@@ -205,7 +211,9 @@ def backward(
     d_h, d_c = (*d_hx, None, None)[:2]
     threads = torch.get_num_threads()
     workspace, _fresh = scratch(
-        stack.backward_workspace(steps, batch, rows, masks is not None, threads)
+        stack.backward_workspace(
+            steps, batch, rows, extras.dropout is not None, extras.recurrent is not None, threads
+        )
     )
     stack.backward(
         steps,
@@ -225,7 +233,7 @@ def backward(
         0 if d_c_final is None else d_c_final.data_ptr(),
         0 if d_h is None else d_h.data_ptr(),
         0 if d_c is None else d_c.data_ptr(),
-        0 if masks is None else masks.data_ptr(),
+        pointers,
         [w.data_ptr() for w in weights],
         [0 if g is None else g.data_ptr() for g in d_weights],
         reserve.data_ptr(),
@@ -236,6 +244,14 @@ def backward(
         threads,
     )
     return grads
+
+
+def _pointers(extras: Extras) -> tuple[Sequence[int], Sequence[Tensor | None]]:
+    """Addresses of dense copies, and these, which must live as long as the call."""
+    if extras is NO_EXTRAS or not any([t is not None for t in extras]):
+        return _NO_POINTERS, ()
+    kept = [None if t is None else dense(t) for t in extras]
+    return [0 if t is None else t.data_ptr() for t in kept], kept
 
 
 def _gradients_of_nothing(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import _core
 from .autocast import without_autocast
-from .plan import Config
+from .cells import options_of, spec_of
+from .plan import Config, Extras
 
 __all__ = [
     "DTYPES", "architectures", "backward", "choose_engine", "forward", "new_reserve", "products_of",
@@ -111,6 +112,7 @@ class _Layer:
     states: int
     saved: int
     parameters: int
+    recurrent: bool
     layers: int
     directions: int
     bias: bool
@@ -134,7 +136,12 @@ class _Layer:
 
     @property
     def weights_each(self) -> int:
-        return 2 + 2 * self.bias + self.projected + (self.parameters > 0)
+        return 2 + 2 * self.bias + self.projected + (self.parameters > 0 and self.recurrent)
+
+    @property
+    def parameters_at(self) -> int:
+        """Where the cell's own vectors are among the weights of a layer and direction."""
+        return -1 if self.recurrent else 1
 
 
 class Reserve:
@@ -164,12 +171,15 @@ class Reserve:
 def _layer_of(
     config: Config, dtype: torch.dtype, weights: Sequence[Tensor], steps: int, batch: int, rows: Any
 ) -> _Layer:
-    gates, apart, states, saved, parameters = device_code.cuda_cell(config.cell)
+    gates, apart, states, saved, parameters, recurrent = device_code.cuda_cell(
+        spec_of(config.cell).name
+    )
+    own = parameters if recurrent else 0
     directions = 2 if config.bidirectional else 1
     each = len(weights) // (config.num_layers * directions)
-    projected = each > 2 + 2 * config.bias + (parameters > 0)
+    projected = each > 2 + 2 * config.bias + (own > 0)
     return _Layer(
-        config.cell, gates, apart, states, saved, parameters, config.num_layers, directions,
+        config.cell, gates, apart, states, saved, parameters, recurrent, config.num_layers, directions,
         config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), projected,
         steps, batch, rows, dtype,
     )  # fmt: skip
@@ -223,6 +233,24 @@ class _Time:
             return rows
         alive = torch.arange(layer.steps, device=rows.device)[:, None] < self.lengths
         return rows.where(alive.view(layer.rows, 1), 0)
+
+    def first_reset(self, layer: _Layer, reset: Tensor, back: bool) -> Tensor:
+        """(B, 1): whether the first step to run, of the samples that have it, begins with zeros."""
+        if self.batch_sizes is None:
+            return reset[-1 if back else 0][:, None]
+        count = int(self.batch_sizes[-1 if back else 0])
+        rows = reset[-count:] if back else reset[:count]
+        return torch.nn.functional.pad(rows, (0, layer.batch - count))[:, None]
+
+    def per_row(self, layer: _Layer, of_samples: Tensor) -> Tensor:
+        """(B, n) -> (rows, n)."""
+        if self.batch_sizes is None:
+            return of_samples.repeat(layer.steps, 1)
+        assert self.offsets is not None
+        rows = torch.arange(layer.rows, device=of_samples.device)
+        return of_samples[
+            rows - self.offsets[torch.searchsorted(self.offsets, rows, right=True) - 1]
+        ]
 
     def previous(self, layer: _Layer, states: Tensor, first: Tensor, back: bool) -> Tensor:
         """For each row of ``states`` (rows, P) the one a step before; ``first`` (B, P) to begin."""
@@ -324,7 +352,7 @@ def _in_words(plan: Any) -> str:
 
 def _plan(layer: _Layer, index: int, backward: bool) -> Any:
     return device_code.CudaPlan(
-        index, layer.cell, products_of(layer.dtype, index), backward, layer.steps, layer.batch,
+        index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps, layer.batch,
         layer.hidden, layer.output, layer.directions, layer.projected, _wanted(),
     )  # fmt: skip
 
@@ -365,11 +393,15 @@ class _Sweep:
         self.plan = _plan(layer, device.index or 0, backward)
         plan, count = self.plan, layer.directions
         columns, rows = plan.unit_blocks * plan.units, plan.tiles * plan.rows
-        self.weights, self.projections = [], []
+        self.weights: list[Tensor | None] = []
+        self.projections: list[Tensor] = []
         for w_ih_hh in weights:
-            w_hh = w_ih_hh[1].view(layer.gates, layer.hidden, layer.output)
-            main = _by_unit(w_ih_hh[1], layer.gates) if backward else w_hh
-            self.weights.append(_pack(main, plan.width, columns, self.products))
+            if layer.recurrent:
+                w_hh = w_ih_hh[1].view(layer.gates, layer.hidden, layer.output)
+                main = _by_unit(w_ih_hh[1], layer.gates) if backward else w_hh
+                self.weights.append(_pack(main, plan.width, columns, self.products))
+            else:
+                self.weights.append(None)
             if layer.projected:
                 w_hr = w_ih_hh[2 + 2 * layer.bias]
                 w_hr = w_hr.t() if backward else w_hr
@@ -385,8 +417,8 @@ class _Sweep:
         )
 
     def run(
-        self, time: _Time, sides: list[dict[str, Tensor | None]], y: Tensor, d_y: Tensor | None,
-        keep: bool, finish: bool,
+        self, time: _Time, extras: Extras, index: int, sides: list[dict[str, Tensor | None]],
+        y: Tensor, d_y: Tensor | None, keep: bool, finish: bool,
     ) -> None:  # fmt: skip
         """``sides``: per direction the tensors of csrc/cuda/sweep.h, Side, by name."""
 
@@ -409,13 +441,14 @@ class _Sweep:
             stream = torch.cuda.current_stream(self.device).cuda_stream
         self.plan.run(
             stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
-            self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep, finish,
+            pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
+            index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep, finish,
             _report(self.device).data_ptr(), _PATIENCE,
         )  # fmt: skip
 
 
 _SIDE = (
-    "weights", "projection", "gates", "parameters", "apart_bias", "carry_h", "carry_c", "exchange",
+    "weights", "projection", "gates", "parameters", "factors", "apart_bias", "carry_h", "carry_c", "exchange",
     "exchange_projected", "cells", "first_h", "first_c", "cell_output", "d_gates", "d_output",
 )  # fmt: skip
 
@@ -442,7 +475,7 @@ def _biases(layer: _Layer, w: Sequence[Tensor]) -> tuple[Tensor | None, Tensor |
 
 def _parameters(layer: _Layer, w: Sequence[Tensor]) -> Tensor | None:
     """The cell's own vectors, in the dtype of its maths."""
-    return w[-1].to(layer.real) if layer.parameters else None
+    return w[layer.parameters_at].to(layer.real) if layer.parameters else None
 
 
 def _by_direction(layer: _Layer, index: int, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -458,7 +491,7 @@ def forward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     keep: bool,
     output: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -467,7 +500,7 @@ def forward(
     ``output``: where to write it. The arguments are taken as checked.
     """
     with without_autocast(x):
-        return _forward(config, x, hx, weights, batch_sizes, masks, keep, output)
+        return _forward(config, x, hx, weights, batch_sizes, extras, keep, output)
 
 
 def _forward(
@@ -476,11 +509,12 @@ def _forward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     keep: bool,
     output: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
+    extras = Extras(*[None if t is None else _dense(t) for t in extras])
     device = x.device
     weights = [_dense(w) for w in weights]
     packed = x.dim() == 2
@@ -500,8 +534,8 @@ def _forward(
     rows = _rows_of(x, config, packed)
     if layer.rows:
         for index in range(layer.layers):
-            if index and masks is not None:
-                rows = rows * masks[index - 1].reshape(rows.shape)
+            if index and extras.dropout is not None:
+                rows = rows * extras.dropout[index - 1].reshape(rows.shape)
             own = _by_direction(layer, index, weights)
             sweep = _Sweep(layer, device, own, backward=False)
             if reserve is None:
@@ -518,12 +552,17 @@ def _forward(
                     gates = reserve.gates[at]
                 _input_terms(rows, w[0], bias, gates[:, : w[0].shape[0]])
                 h = carry[0][at]
-                operand = _round_tf32(h) if sweep.products == "tf32" else h
+                factors = None if extras.recurrent is None else extras.recurrent[at]
+                operand = h if factors is None else h * factors
+                if extras.reset is not None:
+                    operand = operand.masked_fill(time.first_reset(layer, extras.reset, d == 1), 0)
+                operand = _round_tf32(operand) if sweep.products == "tf32" else operand
                 sweep.exchange[d, 0, :batch, : layer.output] = operand
                 sides.append(
                     {
                         "gates": gates,
                         "parameters": _parameters(layer, w),
+                        "factors": factors,
                         "apart_bias": apart_bias,
                         "carry_h": h,
                         "carry_c": carry[1][at] if layer.states > 1 else None,
@@ -531,7 +570,7 @@ def _forward(
                         "cell_output": None if reserve is None else reserve.cell_output[at],
                     }
                 )
-            sweep.run(time, sides, y, None, keep, False)
+            sweep.run(time, extras, index, sides, y, None, keep, False)
             rows = y
 
     if layer.rows == 0:
@@ -587,7 +626,7 @@ def backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     reserve: Tensor,
     needs: Sequence[bool],
     d_x: Tensor | None = None,
@@ -602,7 +641,7 @@ def backward(
     # Autograd runs this in the autocast of whoever called backward().
     with without_autocast(x):
         return _backward(
-            config, grad_output, grad_states, x, hx, weights, batch_sizes, masks, reserve, needs,
+            config, grad_output, grad_states, x, hx, weights, batch_sizes, extras, reserve, needs,
             d_x, add_to,
         )  # fmt: skip
 
@@ -615,13 +654,14 @@ def _backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     reserve: Tensor,
     needs: Sequence[bool],
     d_x: Tensor | None,
     add_to: Sequence[Tensor | None] | None,
 ) -> list[Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
+    extras = Extras(*[None if t is None else _dense(t) for t in extras])
     device, real, directions = x.device, layer.real, layer.directions
     packed = x.dim() == 2
     hx = () if hx is None else [_dense(h) for h in hx]
@@ -651,14 +691,14 @@ def _backward(
         input_rows = time.existing(layer, _rows_of(x, config, packed))
         for index in reversed(range(layer.layers)):
             below = input_rows if index == 0 else kept.outputs[index - 1]
-            if index and masks is not None:
-                below = below * masks[index - 1].reshape(below.shape)
+            if index and extras.dropout is not None:
+                below = below * extras.dropout[index - 1].reshape(below.shape)
             d_rows = _layer_backward(
                 layer, index, time, below, hx, weights, kept, carry, d_rows,
-                need_weights, d_weights, index > 0 or need_x,
+                need_weights, d_weights, index > 0 or need_x, extras,
             )  # fmt: skip
-            if index and masks is not None and d_rows is not None:
-                d_rows = d_rows * masks[index - 1].reshape(d_rows.shape)
+            if index and extras.dropout is not None and d_rows is not None:
+                d_rows = d_rows * extras.dropout[index - 1].reshape(d_rows.shape)
 
     grads: list[Tensor | None] = [None]
     if need_x:
@@ -685,6 +725,7 @@ def _layer_backward(
     need_weights: Sequence[bool],
     d_weights: list[Tensor | None],
     need_input: bool,
+    extras: Extras,
 ) -> Tensor | None:
     """One layer: fills in its part of ``d_weights``, and returns its input's gradient."""
     device, directions, gates = below.device, layer.directions, layer.gates
@@ -699,6 +740,7 @@ def _layer_backward(
             {
                 "gates": kept.gates[at],
                 "parameters": _parameters(layer, own[d]),
+                "factors": None if extras.recurrent is None else extras.recurrent[at],
                 "carry_h": carry[0][at],
                 "carry_c": carry[1][at] if layer.states > 1 else None,
                 "cells": kept.cells[at],
@@ -713,7 +755,7 @@ def _layer_backward(
         )
     y = kept.outputs[index]
     assert d_y is None or d_y.dtype is layer.dtype  # kernels take its address
-    sweep.run(time, sides, y, d_y, True, True)
+    sweep.run(time, extras, index, sides, y, d_y, True, True)
 
     d_input: Tensor | None = None
     for d, side in enumerate(sides):
@@ -729,10 +771,14 @@ def _layer_backward(
             d_input = d_in @ w[0] if d_input is None else torch.addmm(d_input, d_in, w[0])
         if need[0]:
             found[0] = d_in.t() @ below
-        if need[1]:
+        if need[1] and layer.recurrent:
             h = y[:, d * output : (d + 1) * output]
             first_h = hx[0][at] if hx else h.new_zeros((layer.batch, output))
             before = time.previous(layer, h, first_h, back=d == 1)
+            if extras.reset is not None:
+                before = before.masked_fill(extras.reset.reshape(-1, 1), 0)
+            if extras.recurrent is not None:
+                before = before * time.per_row(layer, extras.recurrent[at])
             if layer.apart:
                 found[1] = torch.cat(
                     (
@@ -742,13 +788,15 @@ def _layer_backward(
                 )
             else:
                 found[1] = d_in.t() @ before
-        if (layer.bias and (need[2] or need[3])) or (layer.parameters and need[-1]):
+        if (layer.bias and (need[2] or need[3])) or (
+            layer.parameters and need[layer.parameters_at]
+        ):
             total = d_gates.sum(0)
             if layer.bias:
                 found[2] = total[: gates * hidden].clone()
                 found[3] = torch.cat((total[:together], total[gates * hidden : columns]))
             if layer.parameters:
-                found[-1] = total[columns:].view(layer.parameters, hidden)
+                found[layer.parameters_at] = total[columns:].view(layer.parameters, hidden)
         projection = 2 + 2 * layer.bias
         if layer.projected and need[projection]:
             cell_output = kept.cell_output[at]

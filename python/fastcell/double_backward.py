@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import composite
 from .autocast import without_autocast
-from .plan import Config
+from .plan import Config, Extras
 
 
 def double_backward(
@@ -19,7 +19,7 @@ def double_backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     needs: Sequence[bool],
     grad_grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
@@ -36,7 +36,7 @@ def double_backward(
         outer = [None if g is None else _own(g) for g in grad_outputs]
         asked = [p for p, need in zip(primals, needs, strict=True) if need]
         firsts = _gradients(
-            _outputs(config, primals, hx, batch_sizes, masks), asked, outer, create_graph=True
+            _outputs(config, primals, hx, batch_sizes, extras), asked, outer, create_graph=True
         )
         targets = [*outer, *primals]
         chosen = [t if w else None for t, w in zip(targets, wanted, strict=True)]
@@ -53,14 +53,14 @@ def composite_backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward call itself in the same way: gradients of [input, *hx, *weights]."""
     primals = (input, *(hx or ()), *weights)
 
     def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_outputs(config, primals, hx, batch_sizes, masks))
+        return tuple(_outputs(config, primals, hx, batch_sizes, extras))
 
     with without_autocast(input):
         if torch._C._are_functorch_transforms_active():
@@ -93,11 +93,11 @@ def _outputs(
     primals: Sequence[Tensor],
     hx: Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> list[Tensor]:
     count = 1 + len(hx or ())
     output, states = composite.sequence(
-        config, primals[0], primals[1:count] or None, primals[count:], batch_sizes, masks
+        config, primals[0], primals[1:count] or None, primals[count:], batch_sizes, extras
     )
     return [output, *states]
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .cells import CELLS, cell_of
+from .cells import spec_of, cell_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN
@@ -261,7 +261,7 @@ def _autocast_dtype(
 ) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device) or dtype is torch.float64:
         return None
-    applies = CELLS[cell].autocast_cell if single_step else CELLS[cell].autocast
+    applies = spec_of(cell).autocast_cell if single_step else spec_of(cell).autocast
     return torch.get_autocast_dtype(device) if applies or device == "cuda" else None
 
 

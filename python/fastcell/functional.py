@@ -16,11 +16,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .cells import CELLS, lstm_cell, weights_per_direction
+from .cells import (
+    checked_probability,
+    gru_cell,
+    independent_cell,
+    lstm_cell,
+    rnn_cell,
+    spec_of,
+    weights_per_direction,
+)
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .ragged import checked_lengths, run_ragged
 
-__all__ = ["gru", "leaky_rnn", "lstm", "rnn"]
+__all__ = ["gru", "independent_rnn", "leaky_rnn", "lstm", "rnn"]
 
 Sequences: TypeAlias = Tensor | PackedSequence
 In = TypeVar("In", Tensor, PackedSequence)  # the output has the type of the input
@@ -48,6 +56,7 @@ class Stack(Protocol):
     bidirectional: bool
     training: bool
     recompute: bool
+    recurrent_dropout: float
 
 
 @dataclass
@@ -62,6 +71,7 @@ class _Stack:
     bidirectional: bool
     training: bool
     recompute: bool
+    recurrent_dropout: float
 
 
 def rnn(
@@ -78,7 +88,10 @@ def rnn(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> tuple[In, Tensor]:
     """An Elman network, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in layers.
 
@@ -98,6 +111,13 @@ def rnn(
         lengths: (B,) integers, the steps of each sample of a padded batch, in any order; behind
             them the output is zero and the states stay. On a GPU they may be there, and are not
             waited for; values above T then count as T.
+        reset: bool, shaped as the input's steps and samples, (T, B); with ``batch_first`` (B, T),
+            without a batch (T,), for a PackedSequence another one of its shape: where the states
+            before a step become zero, and no gradient passes.
+        recurrent_dropout: probability, if ``training``, with which a unit of h_{t-1} is not seen by
+            the recurrent product, the same units in all steps of a sample (Gal & Ghahramani 2016).
+        zoneout: probability with which a unit keeps its h, drawn for each step if ``training``;
+            else h_t is the expectation (Krueger et al. 2016).
         recompute: training with O(sqrt(T)) memory, as in :class:`fastcell.RNN`.
 
     Returns:
@@ -110,11 +130,10 @@ def rnn(
 
     Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
-        "rnn_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
+        rnn_cell(nonlinearity, zoneout), input, None if hx is None else (hx,), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
+        lengths, reset,
     )  # fmt: skip
     return output, states[0]
 
@@ -133,7 +152,9 @@ def leaky_rnn(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
 ) -> tuple[In, Tensor]:
     """Leaky units, h_t = alpha h_{t-1} + (1 - alpha) tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
@@ -146,7 +167,41 @@ def leaky_rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
         "leaky_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
+        lengths, reset,
+    )  # fmt: skip
+    return output, states[0]
+
+
+def independent_rnn(
+    input: In,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "relu",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    recompute: bool = False,
+    zoneout: float = 0.0,
+) -> tuple[In, Tensor]:
+    """Independent units, h_t = phi(W_ih x_t + b_ih + w_hh h_{t-1} + b_hh), w_hh a number per unit.
+
+    Arguments, shapes, results and errors are those of :func:`rnn`, except that ``weight_hh`` is
+    (1, H), and that ``nonlinearity`` may be any that :func:`lstm` knows.
+
+    Source: S. Li et al., Independently recurrent neural network, CVPR (2018).
+    """
+    output, states = _run(
+        independent_cell(nonlinearity, zoneout), input, None if hx is None else (hx,), weights,
+        batch_sizes, num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        0.0, lengths, reset,
     )  # fmt: skip
     return output, states[0]
 
@@ -164,9 +219,15 @@ def lstm(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
     peephole: bool = False,
     coupled: bool = False,
+    activation: str = "tanh",
+    output_activation: str = "tanh",
+    cell_clip: float | None = None,
 ) -> tuple[In, tuple[Tensor, Tensor]]:
     """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
 
@@ -185,8 +246,12 @@ def lstm(
             of peepholes, i and o.
         peephole: the gates also see the cell: i and f c_{t-1}, o c_t.
         coupled: f = 1 - i.
+        activation, output_activation: of g, and of c before the output gate: ``"tanh"``,
+            ``"relu"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or ``"elu"``.
+        cell_clip: bound on the arguments of all activations, c's included: ONNX's ``clip``.
+        zoneout: of h and c, or a pair; with a projection of c alone, ``(0, p)``.
         bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
-            recompute: as for :func:`rnn`.
+            reset, recompute, recurrent_dropout: as for :func:`rnn`.
 
     Returns:
         The output in the input's layout, (T, B, D*P), and (h_n, c_n), shaped as ``hx``.
@@ -198,10 +263,18 @@ def lstm(
     for the forget gate; H. Sak et al. (2014) for the projection; F. Gers and J. Schmidhuber (2000)
     for peepholes; K. Greff et al. (2015) for coupled gates.
     """
+    spec = spec_of(lstm_cell(peephole, coupled))
+    each = weights_per_direction(bias, True, parameters=spec.rows)
+    cell = lstm_cell(
+        peephole, coupled, activation=activation, output_activation=output_activation,
+        clip=cell_clip, zoneout=zoneout,
+        projected=len(weights) == each * num_layers * (2 if bidirectional else 1),
+    )  # fmt: skip
     output, states = _run(
-        lstm_cell(peephole, coupled), input, None if hx is None else two_states(hx), weights,
+        cell, input, None if hx is None else two_states(hx), weights,
         batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
+        lengths, reset,
     )  # fmt: skip
     return output, (states[0], states[1])
 
@@ -219,18 +292,24 @@ def gru(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    activation: str = "tanh",
 ) -> tuple[In, Tensor]:
     """Gated recurrent units in layers, gates in the order r, z, n, reset after the product.
 
     Arguments, shapes, results and errors are those of :func:`rnn`, except that ``weight_ih`` is
-    (3*H, I) (above the first layer (3*H, D*H)), ``weight_hh`` (3*H, H) and each bias (3*H,).
+    (3*H, I) (above the first layer (3*H, D*H)), ``weight_hh`` (3*H, H) and each bias (3*H,), and
+    ``activation`` is n's, as for :func:`lstm`.
 
     Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
     """
     output, states = _run(
-        "gru", input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, lengths,
+        gru_cell(activation=activation, zoneout=zoneout), input, None if hx is None else (hx,), weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
+        lengths, reset,
     )  # fmt: skip
     return output, states[0]
 
@@ -256,14 +335,16 @@ def _run(
     bidirectional: bool,
     training: bool,
     recompute: bool,
+    recurrent_dropout: float,
     lengths: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[In, States]:
     """A public function's call: the sizes are read off the weights of the first layer."""
-    spec = CELLS[cell]
+    spec = spec_of(cell)
     if num_layers < 1:
         raise ValueError("num_layers must be greater than zero")
     stacked = num_layers * (2 if bidirectional else 1)
-    plain = weights_per_direction(bias, False, parameters=spec.parameters)
+    plain = weights_per_direction(bias, False, parameters=spec.rows)
     projected = spec.projection and len(weights) == stacked * (plain + 1)
     if len(weights) != stacked * plain and not projected:
         raise RuntimeError(
@@ -279,22 +360,25 @@ def _run(
             f"Expected weight_ih and weight_hh of 2 dimensions, got {w_ih.dim()} and {w_hh.dim()}"
         )
     stack = _Stack(
-        w_ih.shape[1], w_hh.shape[0] // spec.gates, w_hh.shape[1] if projected else 0,
+        w_ih.shape[1], w_ih.shape[0] // spec.gates, w_hh.shape[1] if projected else 0,
         num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        checked_probability("recurrent_dropout", recurrent_dropout),
     )  # fmt: skip
 
     def refuse(input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         _refuse(stack, w_ih.dtype, input, states or (), batch_sizes)
 
     if batch_sizes is None:
-        output, states = run_stack(stack, cell, input, states, weights, refuse, lengths=lengths)
+        output, states = run_stack(
+            stack, cell, input, states, weights, refuse, lengths=lengths, reset=reset
+        )
         return cast(In, output), states
     if lengths is not None:
         raise ValueError("lengths go with a padded batch: batch_sizes say how long samples are")
     if isinstance(input, PackedSequence):
         raise ValueError("batch_sizes goes with the rows of a PackedSequence, not with the whole")
     packed = PackedSequence(input, batch_sizes)
-    packed, states = _run_packed(stack, cell, packed, states, weights, refuse)
+    packed, states = _run_packed(stack, cell, packed, states, weights, refuse, reset=reset)
     return packed.data, states
 
 
@@ -324,17 +408,8 @@ def refuse_sizes(stack: Stack, input: Tensor, states: States, batch_sizes: Tenso
 
 
 # The title that a layer's messages start with, and the end of the one about its input's rank.
-_TITLES = {
-    "rnn_tanh": ("RNN", "D tensor"),
-    "rnn_relu": ("RNN", "D tensor"),
-    "lstm": ("LSTM", "D"),
-    "gru": ("GRU", "D"),
-    "leaky_tanh": ("RNN", "D tensor"),
-    "leaky_relu": ("RNN", "D tensor"),
-    "lstm_peephole": ("LSTM", "D"),
-    "lstm_coupled": ("LSTM", "D"),
-    "lstm_coupled_peephole": ("LSTM", "D"),
-}
+_TITLES = {"lstm": ("LSTM", "D"), "gru": ("GRU", "D")}
+_OTHER_TITLE = ("RNN", "D tensor")
 
 
 def run_stack(
@@ -346,6 +421,7 @@ def run_stack(
     refuse: Refuse,
     launch: Launch | None = None,
     lengths: Tensor | None = None,
+    reset: Sequences | None = None,
 ) -> tuple[Sequences, States]:
     """Run a stack on any form of input; the final states have the form of ``states``.
 
@@ -354,9 +430,9 @@ def run_stack(
     ``launch`` that is what runs, and refuses all but sizes itself; ``weights`` are not looked at.
     """
     if lengths is not None:
-        return _run_lengths(layer, cell, input, states, weights, refuse, lengths)
+        return _run_lengths(layer, cell, input, states, weights, refuse, lengths, reset)
     if isinstance(input, PackedSequence):
-        return _run_packed(layer, cell, input, states, weights, refuse, launch)
+        return _run_packed(layer, cell, input, states, weights, refuse, launch, reset)
     rank = input.dim()
     if rank == 3:
         if states is not None:
@@ -366,10 +442,14 @@ def run_stack(
         steps, batch, _ = input.shape
         if layer.batch_first:
             steps, batch = batch, steps
-        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, launch)
+        if reset is not None:
+            reset = _checked_reset(reset, input, layer.batch_first)
+        return _launch(
+            layer, cell, input, states, weights, None, steps, batch, refuse, launch, reset
+        )
     if rank == 2:
-        return _run_unbatched(layer, cell, input, states, weights, refuse, launch)
-    title, d = _TITLES[cell]
+        return _run_unbatched(layer, cell, input, states, weights, refuse, launch, reset)
+    title, d = _TITLES.get(spec_of(cell).name.split("_")[0], _OTHER_TITLE)
     raise ValueError(f"{title}: Expected input to be 2D or 3D, got {rank}{d} instead")
 
 
@@ -381,6 +461,7 @@ def _run_unbatched(
     weights: Sequence[Tensor],
     refuse: Refuse,
     launch: Launch | None,
+    reset: Sequences | None,
 ) -> tuple[Tensor, States]:
     if states is not None:
         for state in states:
@@ -389,8 +470,10 @@ def _run_unbatched(
         states = tuple([state.unsqueeze(1) for state in states])
     at = 0 if layer.batch_first else 1
     steps = input.shape[0]
+    if reset is not None:
+        reset = _checked_reset(reset, input, False)[:, None]
     output, states = _launch(
-        layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse, launch
+        layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse, launch, reset
     )
     return output.squeeze(at), tuple([state.squeeze(1) for state in states])
 
@@ -411,6 +494,7 @@ def _run_packed(
     weights: Sequence[Tensor],
     refuse: Refuse,
     launch: Launch | None = None,
+    reset: Sequences | None = None,
 ) -> tuple[PackedSequence, States]:
     data, batch_sizes, sorted_indices, unsorted_indices = input
     if states is not None and sorted_indices is not None:
@@ -425,8 +509,11 @@ def _run_packed(
         if states is None and data.is_meta:
             # The operator cannot read a batch size off a tensor that it does not run on.
             states = _zeros(layer, cell, data, batch)
+    if reset is not None:
+        rows = reset.data if isinstance(reset, PackedSequence) else reset
+        reset = _checked_reset(rows, data, False)
     output, states = _launch(
-        layer, cell, data, states, weights, batch_sizes, steps, batch, refuse, launch
+        layer, cell, data, states, weights, batch_sizes, steps, batch, refuse, launch, reset
     )
     if unsorted_indices is not None:
         states = tuple([state.index_select(1, unsorted_indices) for state in states])
@@ -441,6 +528,7 @@ def _run_lengths(
     weights: Sequence[Tensor],
     refuse: Refuse,
     lengths: Tensor,
+    reset: Sequences | None,
 ) -> tuple[Tensor, States]:
     if isinstance(input, PackedSequence) or input.dim() != 3:
         got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
@@ -451,15 +539,19 @@ def _run_lengths(
     if layer.batch_first:
         steps, batch = batch, steps
     lengths = checked_lengths(lengths, batch, steps)
+    if reset is not None:
+        reset = _checked_reset(reset, input, layer.batch_first)
     if not lengths.is_cpu:
         if lengths.device != input.device:
             raise RuntimeError(
                 f"lengths must be on the CPU or the input's device, got {lengths.device} and "
                 f"{input.device}"
             )
-        return _launch(layer, cell, input, states, weights, lengths, steps, batch, refuse, None)
+        return _launch(
+            layer, cell, input, states, weights, lengths, steps, batch, refuse, None, reset
+        )
     if bool((lengths == steps).all()):
-        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, None)
+        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, None, reset)
     wrong_dtype = input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
     if states is None:
@@ -472,12 +564,31 @@ def _run_lengths(
         kept = [s.to(f.dtype) + _nothing_of(f) for s, f in zip(states, finals, strict=True)]
         return _nothing_of(output), tuple(kept)
 
-    def run(rows: Tensor, states: States, batch_sizes: Tensor) -> tuple[Tensor, States]:
+    def run(
+        rows: Tensor, states: States, batch_sizes: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, States]:
         alive = int(batch_sizes[0])
         count = batch_sizes.shape[0]
-        return _launch(layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, None)
+        return _launch(
+            layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, None, reset
+        )
 
-    return run_ragged(input, states, lengths, layer.batch_first, run)
+    return run_ragged(input, states, lengths, layer.batch_first, reset, run)
+
+
+def _checked_reset(reset: Sequences, input: Tensor, batch_first: bool) -> Tensor:
+    """``reset`` in the order of time, (T, B), after refusing what does not fit the input."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(
+            f"reset of a padded batch must be a bool tensor, got {type(reset).__name__}"
+        )
+    shape = input.shape[:-1]
+    if reset.dtype is not torch.bool or reset.shape != shape or reset.device != input.device:
+        raise ValueError(
+            f"reset must be a bool tensor of shape {tuple(shape)} on {input.device}, got "
+            f"{reset.dtype} of shape {tuple(reset.shape)} on {reset.device}"
+        )
+    return reset.t() if batch_first else reset
 
 
 def _nothing_of(t: Tensor) -> Tensor:
@@ -487,7 +598,7 @@ def _nothing_of(t: Tensor) -> Tensor:
 
 def _zeros(layer: Stack, cell: str, input: Tensor, batch: int) -> States:
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
-    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: CELLS[cell].states]
+    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: spec_of(cell).states]
     return tuple([input.new_zeros((stacked, batch, size)) for size in sizes])
 
 
@@ -509,7 +620,7 @@ def _refuse_wrong_sizes(
         stacked = layer.num_layers * (2 if layer.bidirectional else 1)
         if states[0].shape != (stacked, batch, layer.proj_size or layer.hidden_size):
             wrong_size = True
-        if CELLS[cell].states == 2 and states[1].shape != (stacked, batch, layer.hidden_size):
+        if spec_of(cell).states == 2 and states[1].shape != (stacked, batch, layer.hidden_size):
             wrong_size = True
     if wrong_size or wrong_dtype:
         # (Of a padded batch's lengths, torch's own checks would think that they are packed.)
@@ -530,8 +641,9 @@ def _launch(
     batch: int | None,
     refuse: Refuse,
     launch: Launch | None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, States]:
-    spec = CELLS[cell]
+    spec = spec_of(cell)
     hidden_size = layer.hidden_size
     proj_size = layer.proj_size
     num_layers = layer.num_layers
@@ -545,9 +657,8 @@ def _launch(
         return launch(cell, input, states, batch_sizes, steps)
 
     check_tensors(
-        input, states, weights, steps, spec.gates,
+        input, states, weights, steps, spec,
         layer.input_size, hidden_size, proj_size, num_layers, directions, layer.bias,
-        spec.parameters,
     )  # fmt: skip
     dropout, training = layer.dropout, layer.training
     if dropout and not 0 <= dropout <= 1 and training and num_layers > 1:
@@ -565,4 +676,6 @@ def _launch(
         dropout=dropout,
         training=training,
         recompute=layer.recompute,
+        recurrent_dropout=layer.recurrent_dropout,
+        reset=reset,
     )

@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .cells import CELLS, cell_of, lstm_cell
+from .cells import (
+    cell_of,
+    checked_probability,
+    gru_cell,
+    independent_cell,
+    lstm_cell,
+    options_of,
+    rnn_cell,
+    spec_of,
+)
 from .checks import autocast_enabled
 from .functional import Sequences, States, run_stack, two_states
 from .packing import clear_packed_weights
 from .small import Small
 
-__all__ = ["GRU", "LSTM", "RNN"]
+__all__ = ["GRU", "LSTM", "RNN", "IndRNN", "LeakyRNN"]
 
 
 class Swappable(torch.nn.Module):
@@ -40,12 +49,27 @@ class Swappable(torch.nn.Module):
 class _Layer(Swappable, torch.nn.RNNBase):
     """What the three layers have in common: where the weights are read, and fastcell's options."""
 
-    # Only a layer that was told otherwise has an attribute of its own: the others have torch.nn's.
+    # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
     recompute: bool = False
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: Any = 0.0
+
+    def _set_options(self, cell: str | None = None, **options: Any) -> None:
+        """Attributes for what differs from the class's own, and the cell, if it has a name."""
+        for name in ("recurrent_dropout", "weight_dropout"):
+            checked_probability(name, options.get(name, 0.0))
+        for name, value in options.items():
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+        if cell is not None:
+            self._become(cell)
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return f"{text}, recompute=True" if self.recompute else text
+        own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]
+        return ", ".join([super().extra_repr(), *own])
+
+    _options: tuple[str, ...] = ("zoneout", "recurrent_dropout", "weight_dropout", "recompute")
 
     def flatten_parameters(self) -> None:
         """Kept for programs that call it; the kernels pack weights themselves."""
@@ -53,7 +77,9 @@ class _Layer(Swappable, torch.nn.RNNBase):
     def _become(self, cell: str) -> None:
         """Another cell's parameters in place of those that torch.nn's constructor made."""
         self._cell = cell
-        hidden, spec = self.hidden_size, CELLS[cell]
+        hidden, spec = self.hidden_size, spec_of(cell)
+        if spec.recurrent and not spec.parameters and hidden * spec.gates == self._rows():
+            return
         names: list[list[str]] = []
         for own in self._all_weights:
             old = {name: self._parameters.pop(name) for name in own}
@@ -62,7 +88,9 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 for name, p in old.items()
                 if p is not None
             }
-            if spec.parameters:
+            if not spec.recurrent:
+                shapes[own[1]] = (spec.parameters, hidden)
+            if spec.rows:
                 suffix = own[0].removeprefix("weight_ih")
                 shapes[f"{spec.parameters_name}{suffix}"] = (spec.parameters, hidden)
             like = next(iter(old.values()))
@@ -75,6 +103,19 @@ class _Layer(Swappable, torch.nn.RNNBase):
         self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
         self._init_flat_weights()
         self.reset_parameters()
+
+    def _rows(self) -> int:
+        """Of the first layer's ``weight_ih``."""
+        return int(self.get_parameter(self._all_weights[0][0]).shape[0])
+
+    def _dropped(self, weights: list[Tensor]) -> list[Tensor]:
+        """DropConnect: in training, some of the recurrent weights are not there."""
+        if not self.training or self.weight_dropout == 0:
+            return weights
+        return [
+            torch.nn.functional.dropout(w, self.weight_dropout) if "weight_hh" in name else w
+            for name, w in zip(self._flat_weights_names, weights, strict=True)
+        ]
 
     def _weights(self) -> list[Tensor]:
         """The weights of this call, in the order of ``_flat_weights_names``.
@@ -98,22 +139,36 @@ class _Layer(Swappable, torch.nn.RNNBase):
         return state
 
     def _run(
-        self, cell: str, input: Sequences, states: States | None, lengths: Tensor | None
+        self,
+        cell: str,
+        input: Sequences,
+        states: States | None,
+        lengths: Tensor | None,
+        reset: Sequences | None,
     ) -> tuple[Sequences, States]:
         """A call: as the small one that it may repeat, or with all that a call takes."""
         compiling = torch.compiler.is_compiling()
         small = None if compiling else self.__dict__.get("_small")
-        if small is not None and lengths is None:
+        if small is not None and lengths is None and reset is None:
             found = small.run(self, input, states)
             if found is not None:
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
-        result = run_stack(self, cell, input, states, weights, self._refuse, lengths=lengths)
-        if lengths is None and not compiling and not torch.is_grad_enabled():
+        result = run_stack(
+            self, cell, input, states, self._dropped(weights), self._refuse, lengths=lengths,
+            reset=reset,
+        )  # fmt: skip
+        if compiling or torch.is_grad_enabled() or lengths is not None or reset is not None:
+            return result
+        if not self.training or not self._draws(cell):
             if small is None:
                 small = self.__dict__["_small"] = Small()
             small.note(self, cell, input, weights)
         return result
+
+    def _draws(self, cell: str) -> bool:
+        """Whether a call in training draws random numbers for its steps."""
+        return bool(self.recurrent_dropout or self.weight_dropout or any(options_of(cell).zoneout))
 
     def _refuse(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         """Let torch's own checks of the input and of a single state find the words."""
@@ -174,31 +229,48 @@ class RNN(_Layer):
             dtype: torch.dtype | None = None,
             *,
             recompute: bool = False,
+            zoneout: float = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        def __init__(
+            self,
+            *args: Any,
+            recompute: bool = False,
+            zoneout: float = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
+            **kwargs: Any,
+        ) -> None:
             _refuse_projection(kwargs)
             if len(args) > 3:
                 nonlinearity, args = args[3], (*args[:3], *args[4:])
             else:
                 nonlinearity = kwargs.pop("nonlinearity", "tanh")
-            if nonlinearity not in ("tanh", "relu"):
-                raise ValueError(
-                    f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-                )
+            cell = rnn_cell(nonlinearity, zoneout)
             super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
             self.nonlinearity = nonlinearity
-            if recompute:
-                self.recompute = True
+            self._set_options(
+                cell if zoneout else None, recompute=recompute, zoneout=zoneout,
+                recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+            )  # fmt: skip
 
     def forward(
-        self, input: Sequences, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
     ) -> tuple[Sequences, Tensor]:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        output, states = self._run(cell_of(self), input, None if hx is None else (hx,), lengths)
+        output, states = self._run(
+            cell_of(self), input, None if hx is None else (hx,), lengths, reset
+        )
         return output, states[0]
 
 
@@ -239,6 +311,8 @@ class LeakyRNN(RNN):
             alpha: float | Tensor = 0.5,
             learn_alpha: bool = False,
             recompute: bool = False,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
         ) -> None: ...
 
     else:
@@ -250,6 +324,8 @@ class LeakyRNN(RNN):
             learn_alpha: bool = False,
             **kwargs: Any,
         ) -> None:
+            if kwargs.pop("zoneout", 0.0):
+                raise ValueError("leaky units have no zoneout: alpha keeps a part of h already")
             super().__init__(*args, **kwargs)
             count = self.num_layers * (2 if self.bidirectional else 1)
             given = torch.as_tensor(alpha, dtype=torch.float64).cpu()
@@ -278,6 +354,77 @@ class LeakyRNN(RNN):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")
+
+
+class IndRNN(_Layer):
+    """A stack of independent units, h_t = phi(W_ih x_t + b_ih + w_hh h_{t-1} + b_hh).
+
+    w_hh is a number per unit: a unit sees its own past alone, and others in the layer above. With
+    relu and weights near 1 gradients neither vanish nor explode over thousands of steps.
+
+    Args:
+        nonlinearity: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or
+            ``"elu"``.
+        All others are those of :class:`RNN`, but for ``recurrent_dropout``.
+
+    Parameters: as :class:`RNN`, except ``weight_hh_l*`` (1, H), which begin uniform in 0 .. 1.
+
+    Call: as :class:`RNN`.
+
+    Raises:
+        ValueError: another nonlinearity; else as :class:`RNN`.
+
+    Source: S. Li, W. Li, C. Cook, C. Zhu, Y. Gao, "Independently recurrent neural network (IndRNN):
+    building a longer and deeper RNN", CVPR (2018).
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "relu",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        cell = independent_cell(nonlinearity, zoneout)
+        super().__init__(
+            "RNN_RELU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+        self._set_options(cell, recompute=recompute, zoneout=zoneout, weight_dropout=weight_dropout)
+
+    _options = ("nonlinearity", *_Layer._options)
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNN, and the recurrent weights uniform in 0 .. 1."""
+        super().reset_parameters()
+        for own in self._all_weights:
+            torch.nn.init.uniform_(self.get_parameter(own[1]))
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+    ) -> tuple[Sequences, Tensor]:
+        output, states = self._run(
+            cell_of(self), input, None if hx is None else (hx,), lengths, reset
+        )
+        return output, states[0]
 
 
 class LSTM(_Layer):
@@ -328,6 +475,12 @@ class LSTM(_Layer):
             recompute: bool = False,
             peephole: bool = False,
             coupled: bool = False,
+            activation: str = "tanh",
+            output_activation: str = "tanh",
+            cell_clip: float | None = None,
+            zoneout: float | tuple[float, float] = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
         ) -> None: ...
 
     else:
@@ -338,23 +491,34 @@ class LSTM(_Layer):
             recompute: bool = False,
             peephole: bool = False,
             coupled: bool = False,
+            activation: str = "tanh",
+            output_activation: str = "tanh",
+            cell_clip: float | None = None,
+            zoneout: float | tuple[float, float] = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
             **kwargs: Any,
         ) -> None:
             super().__init__("LSTM", *args, **kwargs)
-            if recompute:
-                self.recompute = True
-            if peephole or coupled:
-                self.peephole, self.coupled = peephole, coupled
-                self._become(lstm_cell(peephole, coupled))
+            cell = lstm_cell(
+                peephole, coupled, activation=activation, output_activation=output_activation,
+                clip=cell_clip, zoneout=zoneout, projected=self.proj_size > 0,
+            )  # fmt: skip
+            self._set_options(
+                None if cell == "lstm" else cell, recompute=recompute, peephole=peephole,
+                coupled=coupled, activation=activation, output_activation=output_activation,
+                cell_clip=cell_clip, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+                weight_dropout=weight_dropout,
+            )  # fmt: skip
 
-    # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
     peephole: bool = False
     coupled: bool = False
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        text += ", peephole=True" if self.peephole else ""
-        return text + (", coupled=True" if self.coupled else "")
+    activation: str = "tanh"
+    output_activation: str = "tanh"
+    cell_clip: float | None = None
+    _options = (
+        "peephole", "coupled", "activation", "output_activation", "cell_clip", *_Layer._options,
+    )  # fmt: skip
 
     # torch.nn.LSTM's versions of three methods of RNNBase, for a pair of states. Their messages
     # are then those of the torch that is installed.
@@ -380,9 +544,10 @@ class LSTM(_Layer):
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
+        reset: Sequences | None = None,
     ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
         output, (h, c) = self._run(
-            cell_of(self), input, None if hx is None else two_states(hx), lengths
+            cell_of(self), input, None if hx is None else two_states(hx), lengths, reset
         )
         return output, (h, c)
 
@@ -419,20 +584,47 @@ class GRU(_Layer):
             dtype: torch.dtype | None = None,
             *,
             recompute: bool = False,
+            activation: str = "tanh",
+            zoneout: float = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        def __init__(
+            self,
+            *args: Any,
+            recompute: bool = False,
+            activation: str = "tanh",
+            zoneout: float = 0.0,
+            recurrent_dropout: float = 0.0,
+            weight_dropout: float = 0.0,
+            **kwargs: Any,
+        ) -> None:
             _refuse_projection(kwargs)
             super().__init__("GRU", *args, **kwargs)
-            if recompute:
-                self.recompute = True
+            cell = gru_cell(activation=activation, zoneout=zoneout)
+            self._set_options(
+                None if cell == "gru" else cell, recompute=recompute, activation=activation,
+                zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+                weight_dropout=weight_dropout,
+            )  # fmt: skip
+
+    activation: str = "tanh"
+    _options = ("activation", *_Layer._options)
 
     def forward(
-        self, input: Sequences, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
     ) -> tuple[Sequences, Tensor]:
-        output, states = self._run("gru", input, None if hx is None else (hx,), lengths)
+        output, states = self._run(
+            cell_of(self), input, None if hx is None else (hx,), lengths, reset
+        )
         return output, states[0]
 
 

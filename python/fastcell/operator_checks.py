@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .engines import engine_of
-from .plan import Config, plan_for
+from .plan import Config, Extras, plan_for
 
 
 def _extent(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
@@ -30,7 +30,7 @@ def check(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> None:
     """Refuse what the kernels, which read raw memory, must not see.
 
@@ -42,7 +42,7 @@ def check(
     else:
         check_stored_small(config.products, weights)
     _check_alike(x, hx, "initial state")
-    _check_alike(x, () if masks is None else (masks,), "dropout mask")
+    _check_alike(x, [f for f in extras[:2] if f is not None], "dropout mask")
     packed = batch_sizes is not None
     if batch_sizes is not None and x.dim() == 3:
         _check_lengths(x, batch_sizes, config.batch_first)
@@ -63,12 +63,23 @@ def check(
         given = [tuple(h.shape) for h in hx]
         if given != expected:
             raise RuntimeError(f"initial states must have shapes {expected}, got {given}")
-    if masks is not None:
-        inner = (rows, plan.width) if packed else (steps, batch, plan.width)
-        expected_masks = (config.num_layers - 1, *inner)
-        if masks.shape != expected_masks:
+    times = (rows,) if packed else (steps, batch)
+    shapes = (
+        (config.num_layers - 1, *times, plan.width),
+        (plan.stacked, batch, plan.state_sizes[0]),
+        times,
+        (1,),
+    )
+    for name, extra, shape in zip(Extras._fields, extras, shapes, strict=True):
+        if extra is not None and extra.shape != shape:
+            raise RuntimeError(f"{name} must have shape {shape}, got {tuple(extra.shape)}")
+    for name, extra, dtype in (
+        ("reset", extras.reset, torch.bool),
+        ("seed", extras.seed, torch.int64),
+    ):
+        if extra is not None and (extra.dtype is not dtype or extra.device != x.device):
             raise RuntimeError(
-                f"dropout masks must have shape {expected_masks}, got {tuple(masks.shape)}"
+                f"{name} must be {dtype} on {x.device}, got {extra.dtype} on {extra.device}"
             )
 
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import operator_checks
 from .engines import engine_of
-from .plan import Config, plan_for_symbolic
+from .plan import EXTRAS_SCHEMA, Config, Extras, plan_for_symbolic
 
 PLAIN = (Tensor, Parameter)
 DEVICES = ("cpu", "cuda")  # whose memory the kernels can read
@@ -33,17 +33,17 @@ def forward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     keep: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
     """The kernels' forward call, through the operator where torch must see one."""
     if is_plain(input):
         found: tuple[Tensor, Sequence[Tensor], Tensor | None] = engine_of(input).forward(
-            config, input, hx, weights, batch_sizes, masks, keep
+            config, input, hx, weights, batch_sizes, extras, keep
         )
         return found
     output, states, reserve = torch.ops.fastcell.sequence_forward(
-        input, list(hx or ()), list(weights), batch_sizes, masks, *config, keep
+        input, list(hx or ()), list(weights), batch_sizes, *extras, *config, keep
     )
     return output, states, reserve if keep else None
 
@@ -56,17 +56,26 @@ def backward(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The kernels' backward call: gradients of [input, *hx, *weights], None where not needed."""
     if is_plain(input):
         grads: list[Tensor | None] = engine_of(input).backward(
-            config, grad_output, grad_states, input, hx, weights, batch_sizes, masks, reserve, needs
+            config,
+            grad_output,
+            grad_states,
+            input,
+            hx,
+            weights,
+            batch_sizes,
+            extras,
+            reserve,
+            needs,
         )
         return grads
-    tensors = (input, list(hx or ()), list(weights), batch_sizes, masks, reserve)
+    tensors = (input, list(hx or ()), list(weights), batch_sizes, *extras, reserve)
     found = iter(
         torch.ops.fastcell.sequence_backward(
             grad_output, list(grad_states), *tensors, *config, list(needs)
@@ -85,7 +94,7 @@ def is_plain(input: Tensor) -> bool:
     mutates_args=(),
     device_types=DEVICES,
     schema=(
-        "(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? masks, "
+        f"(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, {EXTRAS_SCHEMA}, "
         f"{CONFIG_SCHEMA}, bool keep) -> (Tensor, Tensor[], Tensor)"
     ),
 )
@@ -94,7 +103,10 @@ def _sequence_forward(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    dropout: Tensor | None,
+    recurrent: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None,
     cell: str,
     num_layers: int,
     bidirectional: bool,
@@ -104,9 +116,10 @@ def _sequence_forward(
     keep: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
-    operator_checks.check(config, input, hx, weights, batch_sizes, masks)
+    extras = Extras(dropout, recurrent, reset, seed)
+    operator_checks.check(config, input, hx, weights, batch_sizes, extras)
     output, states, reserve = engine_of(input).forward(
-        config, input, hx or None, weights, batch_sizes, masks, keep
+        config, input, hx or None, weights, batch_sizes, extras, keep
     )
     return output, states, input.new_empty(0) if reserve is None else reserve
 
@@ -117,7 +130,10 @@ def _(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    dropout: Tensor | None,
+    recurrent: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None,
     cell: str,
     num_layers: int,
     bidirectional: bool,
@@ -157,7 +173,7 @@ def _(
     device_types=DEVICES,
     schema=(
         "(Tensor? grad_output, Tensor?[] grad_states, Tensor input, Tensor[] hx, "
-        "Tensor[] weights, Tensor? batch_sizes, Tensor? masks, Tensor reserve, "
+        f"Tensor[] weights, Tensor? batch_sizes, {EXTRAS_SCHEMA}, Tensor reserve, "
         f"{CONFIG_SCHEMA}, bool[] needs) -> Tensor[]"
     ),
 )
@@ -168,7 +184,10 @@ def _sequence_backward(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    dropout: Tensor | None,
+    recurrent: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None,
     reserve: Tensor,
     cell: str,
     num_layers: int,
@@ -179,12 +198,13 @@ def _sequence_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
-    operator_checks.check(config, input, hx, weights, batch_sizes, masks)
+    extras = Extras(dropout, recurrent, reset, seed)
+    operator_checks.check(config, input, hx, weights, batch_sizes, extras)
     operator_checks.check_backward(
         config, grad_output, grad_states, input, hx, weights, batch_sizes, reserve, needs
     )
     grads = engine_of(input).backward(
-        config, grad_output, grad_states, input, hx or None, weights, batch_sizes, masks, reserve,
+        config, grad_output, grad_states, input, hx or None, weights, batch_sizes, extras, reserve,
         needs,
     )  # fmt: skip
     return [g for g in grads if g is not None]

@@ -26,10 +26,10 @@ from torch._compile import _disable_dynamo
 from . import composite, operator_checks, operators, transforms, vmap
 from . import recompute as segments
 from .autograd import differentiable
-from .cells import CELLS
+from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
 from .operators import CONFIG_SCHEMA, PLAIN
-from .plan import Config
+from .plan import EXTRAS_SCHEMA, Config, Extras
 
 _NARROW = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_NARROW)
@@ -52,11 +52,13 @@ def sequence(
     training: bool,
     single_step: bool = False,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack of recurrent layers over a sequence.
 
     Args:
-        cell: a key of ``fastcell.cells.CELLS``.
+        cell: a name that ``fastcell.cells.spec_of`` knows.
         input: (T, B, I); with ``batch_first`` (B, T, I); packed: (rows, I).
         hx: initial states, each (L*D, B, P or H); None for zeros.
         weights: flat, in torch's order.
@@ -64,6 +66,10 @@ def sequence(
         single_step: the call is one step of a cell module; decides how autocast applies.
         recompute: keep little for the backward pass (``recompute.py``), where the kernels are
             called directly.
+        recurrent_dropout: probability with which h_{t-1} is zeroed in the recurrent products, unit
+            by unit and for all steps alike, if ``training``.
+        reset: bool on the input's device, (T, B) or packed (rows,): before which steps a sample's
+            states become zero.
 
     Returns:
         The output in the input's layout and the final states. The arguments are taken as checked:
@@ -77,7 +83,8 @@ def sequence(
     widened = input.dtype in _NARROW and (
         path == "composite" or input.dtype not in engine_of(input).DTYPES
     )
-    products = "bfloat16" if widened and input.dtype is torch.bfloat16 else "exact"
+    narrow = widened and input.dtype is torch.bfloat16 and cell in NARROW_CELLS
+    products = "bfloat16" if narrow else "exact"
     config = Config(cell, num_layers, bidirectional, bias, batch_first, products)
     if not training or num_layers == 1:
         dropout = 0.0
@@ -87,11 +94,21 @@ def sequence(
         raise ValueError(
             "recompute=True takes lengths on the CPU, got them on the device of the input"
         )
-    masks = None
-    if dropout > 0 and not recompute:
-        masks = _dropout_masks(config, input, weights, dropout)
+    extras = Extras(
+        _dropout_masks(config, input, weights, dropout) if dropout > 0 and not recompute else None,
+        _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
+        if training and recurrent_dropout > 0
+        else None,
+        reset,
+        _seed(input) if training and any(options_of(cell).zoneout) else None,
+    )
+    if recompute and extras.seed is not None:
+        raise ValueError("recompute=True does not go with zoneout, whose draws it would not repeat")
     if widened:
-        masks = None if masks is None else masks.float()
+        extras = extras._replace(
+            dropout=None if extras.dropout is None else extras.dropout.float(),
+            recurrent=None if extras.recurrent is None else extras.recurrent.float(),
+        )
         if path != "kernel" or _wants_gradient(input, hx, weights):
             # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
             result_dtype = result_dtype or input.dtype
@@ -100,22 +117,22 @@ def sequence(
     output: Tensor
     states: Sequence[Tensor]
     if recompute:
-        output, states = segments.sequence(config, input, hx, weights, batch_sizes, dropout)
+        output, states = segments.sequence(config, input, hx, weights, batch_sizes, extras, dropout)
     elif path == "kernel":
         try:
-            output, states = _direct(config, input, hx, weights, batch_sizes, masks)
+            output, states = _direct(config, input, hx, weights, batch_sizes, extras)
         except RuntimeError:
             live = _unwrapped(input, hx, weights)
             if live is None:
                 raise
-            output, states = _direct(config, *live, batch_sizes, masks)
+            output, states = _direct(config, *live, batch_sizes, extras)
     elif path == "composite":
-        output, states = composite.sequence(config, input, hx, weights, batch_sizes, masks)
+        output, states = composite.sequence(config, input, hx, weights, batch_sizes, extras)
     elif not torch.compiler.is_compiling() and transforms.gradient_levels() > 0:
-        output, states = differentiable(config, input, hx, weights, batch_sizes, masks)
+        output, states = differentiable(config, input, hx, weights, batch_sizes, extras)
     else:
         output, states = torch.ops.fastcell.sequence(
-            input, list(hx or ()), list(weights), batch_sizes, masks, *config
+            input, list(hx or ()), list(weights), batch_sizes, *extras, *config
         )
     if result_dtype is not None:
         return output.to(result_dtype), tuple([s.to(result_dtype) for s in states])
@@ -152,12 +169,12 @@ def _direct(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
+    extras: Extras,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     if _wants_gradient(input, hx, weights):
-        return differentiable(config, input, hx, weights, batch_sizes, masks)
+        return differentiable(config, input, hx, weights, batch_sizes, extras)
     output, states, _ = engine_of(input).forward(
-        config, input, hx, weights, batch_sizes, masks, keep=False
+        config, input, hx, weights, batch_sizes, extras, keep=False
     )
     return output, states
 
@@ -240,7 +257,7 @@ def _autocast(
         return input, hx, weights, None
     narrow = torch.get_autocast_dtype(device)
     widest = functools.reduce(torch.promote_types, dtypes)
-    spec = CELLS[cell]
+    spec = spec_of(cell)
     # On a GPU torch.nn narrows all of them.
     if device == "cuda" or (spec.autocast_cell if single_step else spec.autocast):
         return *_cast(narrow, input, hx, weights), None
@@ -272,12 +289,29 @@ def _dropout_masks(
     return masks
 
 
+def _recurrent_masks(
+    config: Config,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    probability: float,
+) -> Tensor:
+    """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
+    shape = [h.shape for h in composite.zero_states(config, input, weights, batch_sizes)][0]
+    return torch.nn.functional.dropout(input.new_ones(shape), probability)
+
+
+def _seed(input: Tensor) -> Tensor:
+    """From torch's generator, on the input's device."""
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=input.device)
+
+
 # --- the operator ---------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastcell", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "sequence(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? masks, "
-    f"{CONFIG_SCHEMA}) -> (Tensor, Tensor[])"
+    "sequence(Tensor input, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, "
+    f"{EXTRAS_SCHEMA}, {CONFIG_SCHEMA}) -> (Tensor, Tensor[])"
 )
 
 
@@ -286,20 +320,20 @@ def _sequence(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
-    *config: Any,
+    *extras_and_config: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """``fastcell::sequence``: output and final states; ``hx`` may be empty, for zeros.
 
     Implicitly composite: gradients and fake tensors follow from the calls made here. An exported
     program so decides when it runs, not when it was made, whether to keep what a gradient needs.
     """
-    arguments = (Config(*config), input, hx or None, weights, batch_sizes, masks)
+    extras, config = _split(extras_and_config)
+    arguments = (config, input, hx or None, weights, batch_sizes, extras)
     output: Tensor
     states: Sequence[Tensor]
     if operators.is_plain(input):
         # Without another operator in between, whose kernel would check.
-        operator_checks.check(Config(*config), input, hx, weights, batch_sizes, masks)
+        operator_checks.check(config, input, hx, weights, batch_sizes, extras)
     if transforms.transformed():
         output, states = composite.sequence(*arguments)
     elif _wants_gradient(input, hx, weights):
@@ -307,6 +341,11 @@ def _sequence(
     else:
         output, states, _ = operators.forward(*arguments, keep=False)
     return output, list(states)
+
+
+def _split(extras_and_config: Sequence[Any]) -> tuple[Extras, Config]:
+    count = len(Extras._fields)
+    return Extras(*extras_and_config[:count]), Config(*extras_and_config[count:])
 
 
 # After a graph break Dynamo looks at every Python frame that runs, this one's included, and would
@@ -324,27 +363,25 @@ def _sequence_vmap(
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
-    *config: Any,
+    *extras_and_config: Any,
 ) -> Any:
+    extras, config = _split(extras_and_config)
+    count = len(extras)
+
     def call(
-        config: Config,
-        state_count: int,
-        batch_sizes: Tensor | None,
-        masks: Tensor | None,
-        input: Tensor,
-        *tensors: Tensor,
+        config: Config, state_count: int, batch_sizes: Tensor | None, *tensors: Any
     ) -> Sequence[Tensor]:
+        extras, (input, *tensors) = tensors[:count], tensors[count:]
         output, states = torch.ops.fastcell.sequence(
-            input, tensors[:state_count], tensors[state_count:], batch_sizes, masks, *config
+            input, tensors[:state_count], tensors[state_count:], batch_sizes, *extras, *config
         )
         return output, *states
 
-    flat_dims: list[Any] = [None, None, in_dims[3], in_dims[4], in_dims[0]]
+    flat_dims: list[Any] = [None, None, in_dims[3], *in_dims[4 : 4 + count], in_dims[0]]
     for dims, tensors in ((in_dims[1], hx), (in_dims[2], weights)):
         flat_dims += [None] * len(tensors) if dims is None else dims
     (output, *states), (output_dim, *state_dims) = vmap.forward(
-        call, info.batch_size, flat_dims, Config(*config), len(hx), batch_sizes, masks, input,
-        *hx, *weights,
+        call, info.batch_size, flat_dims, config, len(hx), batch_sizes, *extras, input, *hx,
+        *weights,
     )  # fmt: skip
     return (output, states), (output_dim, state_dims)

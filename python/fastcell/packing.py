@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .cells import CELLS
+from .cells import spec_of
 from .plan import Config, Plan, plan_for
 
 _MAX_ENTRIES = 256
@@ -103,8 +103,9 @@ def pack(config: Config, plan: Plan, weights: Sequence[Tensor], threads: int) ->
     """A packed copy of contiguous weights on the CPU."""
     packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
     each = len(weights) // (config.num_layers * (2 if config.bidirectional else 1))
-    vectors = each - 1 if CELLS[config.cell].parameters else each
-    weights = [_as_multiplied(config, w, i % each < vectors) for i, w in enumerate(weights)]
+    spec = spec_of(config.cell)
+    vectors = None if not spec.parameters else each - 1 if spec.recurrent else 1
+    weights = [_as_multiplied(config, w, i % each != vectors) for i, w in enumerate(weights)]
     plan.stack.pack([w.data_ptr() for w in weights], packed.data_ptr(), threads)
     return packed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .cells import CELLS, weights_per_direction
+from .cells import options_of, spec_of, weights_per_direction
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -29,6 +29,25 @@ class Config(NamedTuple):
     bias: bool
     batch_first: bool
     products: str = "exact"
+
+
+class Extras(NamedTuple):
+    """The tensors of a call that no gradient flows to; each may be None. L layers, D directions.
+
+    ``dropout``: factors of the outputs between layers, (L-1, T, B, D*P) or packed (L-1, rows, D*P).
+    ``recurrent``: factors of h_{t-1} in the recurrent products, (L*D, B, P).
+    ``reset``: bool, (T, B) or packed (rows,): where the states before a step are zero.
+    ``seed``: int64, (1,): from which zoneout draws; without one it takes the expectation.
+    """
+
+    dropout: Tensor | None = None
+    recurrent: Tensor | None = None
+    reset: Tensor | None = None
+    seed: Tensor | None = None
+
+
+EXTRAS_SCHEMA = ", ".join(f"Tensor? {name}" for name in Extras._fields)
+NO_EXTRAS = Extras()
 
 
 class Plan(NamedTuple):
@@ -61,27 +80,26 @@ def bound_stack(config: Config, input: Tensor, weights: Sequence[Tensor]) -> Any
 def _plan(config: Config, float64: bool, input_size: int, shapes: Shapes) -> Plan:
     hidden, proj = _checked_sizes(config, input_size, shapes)
     directions = 2 if config.bidirectional else 1
+    spec = spec_of(config.cell)
     stack = _core.Stack(
-        config.cell, "float64" if float64 else "float32", config.products, input_size, hidden, proj,
-        config.num_layers, directions, config.bias,
+        spec.name, "float64" if float64 else "float32", config.products, input_size, hidden, proj,
+        config.num_layers, directions, config.bias, options_of(config.cell),
     )  # fmt: skip
     output = proj or hidden
-    sizes = (output, hidden)[: CELLS[config.cell].states]
+    sizes = (output, hidden)[: spec.states]
     return Plan(stack, config.num_layers * directions, directions * output, sizes)
 
 
 def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int, int]:
     """(hidden, proj) of weights of these shapes, or an error that names the first wrong one."""
-    if config.cell not in CELLS or config.num_layers < 1:
-        raise ValueError(
-            f"cell must be one of {', '.join(CELLS)} and num_layers positive, got "
-            f"{config.cell!r} and {config.num_layers}"
-        )
-    spec = CELLS[config.cell]
+    spec = spec_of(config.cell)
+    if config.num_layers < 1:
+        raise ValueError(f"num_layers must be positive, got {config.num_layers}")
     directions = 2 if config.bidirectional else 1
     quantized = config.products == "int8"
-    plain = weights_per_direction(config.bias, False, quantized, spec.parameters)
-    projected = weights_per_direction(config.bias, True, quantized, spec.parameters)
+    rows = spec.rows
+    plain = weights_per_direction(config.bias, False, quantized, rows)
+    projected = weights_per_direction(config.bias, True, quantized, rows)
     each, rest = divmod(len(shapes), config.num_layers * directions)
     if rest or (each != plain and not (each == projected and spec.projection)):
         raise ValueError(
@@ -108,14 +126,15 @@ def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int
 def _expected_shapes(
     config: Config, input_size: int, hidden: int, proj: int
 ) -> list[tuple[int, ...]]:
-    gates = CELLS[config.cell].gates * hidden
-    parameters = CELLS[config.cell].parameters
+    spec = spec_of(config.cell)
+    gates, parameters = spec.gates * hidden, spec.rows
     directions = 2 if config.bidirectional else 1
     output = proj or hidden
     shapes: list[tuple[int, ...]] = []
     for layer in range(config.num_layers):
         features = input_size if layer == 0 else directions * output
-        one: list[tuple[int, ...]] = [(gates, features), (gates, output)]
+        recurrent = gates if spec.recurrent else spec.parameters
+        one: list[tuple[int, ...]] = [(gates, features), (recurrent, output)]
         if config.bias:
             one += [(gates,), (gates,)]
         if proj:

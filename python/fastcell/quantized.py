@@ -21,7 +21,7 @@ from . import cpu, operator_checks, operators
 from .cells import CELL_OF_MODE, CELLS, cell_of
 from .convert import survey
 from .functional import Sequences, States, refuse_sizes, run_stack, two_states
-from .plan import Config
+from .plan import NO_EXTRAS, Config
 
 __all__ = ["QuantizedCell", "QuantizedLayer", "quantize"]
 
@@ -178,13 +178,13 @@ class _Quantized(Module):
             operator_checks.check_stored_small(self.products, weights)
         if not torch.compiler.is_compiling() and operators.is_plain(input):
             output, final, _ = cpu.forward(
-                config, input, states, weights, batch_sizes, None, keep=False
+                config, input, states, weights, batch_sizes, NO_EXTRAS, keep=False
             )
             return output, tuple(final)
         # The operator takes float32 alone.
         hx = [] if states is None else [s.float() for s in states]
         output, final, _ = torch.ops.fastcell.sequence_forward(
-            input.float(), hx, weights, batch_sizes, None, *config, False
+            input.float(), hx, weights, batch_sizes, *NO_EXTRAS, *config, False
         )
         return output.to(input.dtype), tuple([s.to(input.dtype) for s in final])
 

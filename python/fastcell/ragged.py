@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 States = tuple[Tensor, ...]
-# (rows that exist, states of the samples that have some, batch_sizes) -> (output rows, states)
-RunPacked = Callable[[Tensor, States, Tensor], tuple[Tensor, States]]
+# (rows that exist, states of the samples that have some, batch_sizes, reset of the rows or None) ->
+# (output rows, states)
+RunPacked = Callable[[Tensor, States, Tensor, Tensor | None], tuple[Tensor, States]]
 
 
 def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
@@ -39,11 +40,16 @@ def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
 
 
 def run_ragged(
-    input: Tensor, states: Sequence[Tensor], lengths: Tensor, batch_first: bool, run: RunPacked
+    input: Tensor,
+    states: Sequence[Tensor],
+    lengths: Tensor,
+    batch_first: bool,
+    reset: Tensor | None,
+    run: RunPacked,
 ) -> tuple[Tensor, States]:
     """A padded batch by way of its packed rows; output is zero behind each sample's end.
 
-    ``states``: (L*D, B, .) each, which a sample without steps keeps.
+    ``states``: (L*D, B, .) each, which a sample without steps keeps; ``reset``: (T, B).
     """
     first, second, features = input.shape
     steps, batch = (second, first) if batch_first else (first, second)
@@ -62,6 +68,7 @@ def run_ragged(
         flat.index_select(0, rows),
         tuple([state.index_select(1, order) for state in states]),
         batch_sizes,
+        None if reset is None else reset.reshape(-1)[(step * batch + sample).to(reset.device)],
     )
     padded = output.new_zeros((first * second, output.shape[-1])).index_copy(0, rows, output)
     return padded.view(first, second, -1), tuple(

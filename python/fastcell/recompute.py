@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cpu, transforms
-from .cells import CELLS
+from .cells import spec_of
 from .double_backward import composite_backward
 from .engines import engine_of
-from .plan import Config
+from .plan import Config, Extras
 
+_EXTRAS = len(Extras._fields)
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 # Fewer rows (t, b) than this in a segment would make its matrix products slow.
@@ -61,6 +62,7 @@ def sequence(
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
+    extras: Extras,
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer stack as an engine's ``forward`` runs it, differentiable, with little kept.
@@ -72,7 +74,7 @@ def sequence(
     if not config.bidirectional:
         drop = Dropout.draw(dropout if config.num_layers > 1 else 0)
         output, *states = RecomputedStack.apply(  # type: ignore[no-untyped-call]
-            config, len(hx or ()), batch_sizes, drop, input, *(hx or ()), *weights
+            config, len(hx or ()), batch_sizes, drop, extras, input, *(hx or ()), *weights
         )
         return output, tuple(states)
     if batch_sizes is not None:
@@ -80,7 +82,7 @@ def sequence(
             "recompute=True takes padded input where the layer is bidirectional, of full length, "
             "got a PackedSequence or lengths"
         )
-    return _both_directions(config, input, hx, weights, dropout)
+    return _both_directions(config, input, hx, weights, extras, dropout)
 
 
 def _both_directions(
@@ -88,6 +90,7 @@ def _both_directions(
     input: Tensor,
     hx: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
+    extras: Extras,
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     one = config._replace(num_layers=1, bidirectional=False)
@@ -96,8 +99,12 @@ def _both_directions(
 
     def direction(k: int, input: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         state = [h[k : k + 1] for h in hx or ()]
+        own = Extras(
+            recurrent=None if extras.recurrent is None else extras.recurrent[k : k + 1],
+            reset=extras.reset.flip(0) if k % 2 and extras.reset is not None else extras.reset,
+        )
         output, *final = RecomputedStack.apply(  # type: ignore[no-untyped-call]
-            one, len(state), None, None, input, *state, *weights[k * each : (k + 1) * each]
+            one, len(state), None, None, own, input, *state, *weights[k * each : (k + 1) * each]
         )
         return output, final
 
@@ -154,12 +161,24 @@ class _Segments:
         return t[segment.x] if self.axis == 0 else t[:, segment.x]
 
 
-def _masks(
-    config: Config, dropout: Dropout | None, segment: _Segment, like: Tensor, width: int
-) -> Tensor | None:
-    if dropout is None:
-        return None
-    return dropout.masks((config.num_layers - 1, segment.rows, width), like, segment.index)
+def _part(
+    config: Config,
+    dropout: Dropout | None,
+    extras: Extras,
+    segment: _Segment,
+    like: Tensor,
+    width: int,
+) -> Extras:
+    """The extras of a segment."""
+    masks = None
+    if dropout is not None:
+        shape = (config.num_layers - 1, segment.rows, width)
+        masks = dropout.masks(shape, like, segment.index)
+    return Extras(
+        masks,
+        None if extras.recurrent is None else extras.recurrent[:, : segment.alive],
+        None if extras.reset is None else extras.reset[segment.x],
+    )
 
 
 def _first(states: Sequence[Tensor], alive: int) -> list[Tensor]:
@@ -176,6 +195,7 @@ class RecomputedStack(Function):
         state_count: int,
         batch_sizes: Tensor | None,
         dropout: Dropout | None,
+        extras: Extras,
         input: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -198,8 +218,8 @@ class RecomputedStack(Function):
             # The backward pass begins with the last one.
             _, after, reserve = engine_of(input).forward(
                 config, segments.of(input, segment), before, weights, segment.batch_sizes,
-                _masks(config, dropout, segment, input, width), segment.index == len(segments) - 1,
-                segments.of(output, segment),
+                _part(config, dropout, extras, segment, input, width),
+                segment.index == len(segments) - 1, segments.of(output, segment),
             )  # fmt: skip
             if states:
                 for state, new in zip(states, after, strict=True):
@@ -208,14 +228,16 @@ class RecomputedStack(Function):
                 states = after
         ctx.config, ctx.state_count, ctx.dropout = config, state_count, dropout
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, reserve, input, *tensors, *between)
+        ctx.save_for_backward(batch_sizes, *extras, reserve, input, *tensors, *between)
         return output, *states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         config: Config = ctx.config
-        batch_sizes, reserve, input, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        batch_sizes, *tensors = ctx.saved_tensors
+        extras, tensors = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
+        reserve, input, *tensors = tensors
+        needs = ctx.needs_input_grad[5:]
         count = ctx.state_count
         weights_count = len(needs) - 1 - count
         hx, weights = tensors[:count], tensors[count : count + weights_count]
@@ -227,17 +249,16 @@ class RecomputedStack(Function):
             or transforms.transformed()
             or any([g is not None and _is_legacy_batched(g) for g in grads])
         ):
-            parts = [_masks(config, ctx.dropout, s, input, width) for s in segments]
-            masks = (
-                None if ctx.dropout is None else torch.cat([p for p in parts if p is not None], 1)
-            )
+            parts = [_part(config, ctx.dropout, extras, s, input, width).dropout for s in segments]
+            drawn = [p for p in parts if p is not None]
             found = composite_backward(
-                config, grads, input, hx or None, weights, batch_sizes, masks, needs
-            )
-            return None, None, None, None, *found
+                config, grads, input, hx or None, weights, batch_sizes,
+                extras._replace(dropout=torch.cat(drawn, 1) if drawn else None), needs,
+            )  # fmt: skip
+            return None, None, None, None, None, *found
 
         d_output, *d_finals = grads
-        states = CELLS[config.cell].states
+        states = spec_of(config.cell).states
         d_states: list[Tensor | None] = [None if d is None else d.clone() for d in d_finals]
         d_input = torch.empty_like(input, memory_format=torch.contiguous_format)
         d_weights: list[Tensor | None] | None = None
@@ -248,10 +269,10 @@ class RecomputedStack(Function):
             first = index == 0 and not hx
             at = (index if hx else index - 1) * states
             before = None if first else between[at : at + states]
-            masks = _masks(config, ctx.dropout, segment, input, width)
+            own = _part(config, ctx.dropout, extras, segment, input, width)
             if index < len(segments) - 1:
                 _, _, reserve = engine_of(input).forward(
-                    config, x, before, weights, segment.batch_sizes, masks, keep=True
+                    config, x, before, weights, segment.batch_sizes, own, keep=True
                 )
             wanted = [needs[0], *[True] * (0 if first else states), *needs[1 + count :]]
             if index == 0 and hx:
@@ -260,7 +281,7 @@ class RecomputedStack(Function):
                 config,
                 None if d_output is None else segments.of(d_output, segment),
                 [None if d is None else d[:, : segment.alive] for d in d_states],
-                x, before, weights, segment.batch_sizes, masks, reserve, wanted,
+                x, before, weights, segment.batch_sizes, own, reserve, wanted,
                 segments.of(d_input, segment), d_weights,
             )  # fmt: skip
             reserve = None
@@ -280,4 +301,5 @@ class RecomputedStack(Function):
         d_hx = [
             d if need else None for d, need in zip(d_states, needs[1 : 1 + count], strict=False)
         ]
-        return None, None, None, None, d_input if needs[0] else None, *d_hx, *(d_weights or ())
+        d_input_or_none = d_input if needs[0] else None
+        return None, None, None, None, None, d_input_or_none, *d_hx, *(d_weights or ())

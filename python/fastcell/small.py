@@ -136,7 +136,9 @@ class Small:
         ):  # fmt: skip
             return
         stack, stacked, width, sizes = plan_for(config, input, weights)
-        size = stack.forward_workspace(steps, batch, steps * batch, False, False, False, threads)
+        size = stack.forward_workspace(
+            steps, batch, steps * batch, False, False, False, False, threads
+        )
         pointer, memory = scratch(size)
         output = (batch, steps, width), (width, batch * width, 1)
         if not layer.batch_first:

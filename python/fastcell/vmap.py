@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import CELLS
-from .plan import Config
+from .cells import spec_of
+from .plan import Config, Extras
 
 Dims = Sequence[Any]
 Call = Callable[..., Sequence[Tensor]]
+# Where the batch is in each of a padded call's Extras.
+_EXTRAS = Extras(dropout=2, recurrent=1, reset=1, seed=None)  # type: ignore[arg-type]
 Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
 
@@ -27,32 +29,25 @@ def forward(
     config: Config,
     state_count: int,
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
-    input: Tensor,
-    *tensors: Tensor,
+    *tensors: Any,
 ) -> Mapped:
     """``call`` (its first results: output and final states) mapped over ``size`` elements.
 
-    With unmapped weights it is one call on a batch ``size`` times as large. Further results then
-    belong to that whole batch: they come back unmapped.
+    ``tensors``: (*extras, input, *hx, *weights). With unmapped weights it is one call on a batch
+    ``size`` times as large. Further results then belong to that whole batch: they come back
+    unmapped.
     """
-    args = (config, state_count, batch_sizes, masks, input, *tensors)
-    if batch_sizes is not None or any([d is not None for d in in_dims[5 + state_count :]]):
-        return _one_by_one(call, size, in_dims, args)
+    args = (config, state_count, batch_sizes, *tensors)
     axis = 0 if config.batch_first else 1
-    hx, weights = tensors[:state_count], tensors[state_count:]
-    results = call(
-        config,
-        state_count,
-        None,
-        _fold(masks, in_dims[3], size, 2),
-        _fold(input, in_dims[4], size, axis),
-        *[_fold(h, d, size, 1) for h, d in zip(hx, in_dims[5:], strict=False)],
-        *weights,
-    )
-    states = CELLS[config.cell].states
-    axes = (axis, *[1] * states, *[None] * (len(results) - 1 - states))
-    return _unfold(results, axes, size)
+    axes = (*_EXTRAS, axis, *[1] * state_count)  # where the batch is, of all that has one
+    dims = in_dims[3:]
+    weights_mapped = any([d is not None for d in dims[len(axes) :]])
+    if batch_sizes is not None or weights_mapped or not _foldable(dims):
+        return _one_by_one(call, size, in_dims, args)
+    folded = [_fold(t, d, size, a) for t, d, a in zip(tensors, dims, axes, strict=False)]
+    results = call(config, state_count, None, *folded, *tensors[len(axes) :])
+    states = spec_of(config.cell).states
+    return _unfold(results, (axis, *[1] * states, *[None] * (len(results) - 1 - states)), size)
 
 
 def backward(
@@ -64,49 +59,46 @@ def backward(
     state_count: int,
     needs: Sequence[bool],
     batch_sizes: Tensor | None,
-    masks: Tensor | None,
-    output: Tensor | None,
-    reserve: Tensor,
     *tensors: Any,
 ) -> Mapped:
-    """The backward call, mapped.
+    """The backward call, mapped; ``tensors``: (*extras, output, reserve, *gradients of output and
+    states, input, *hx, *weights).
 
     Each element's own gradients of shared weights cannot come from one call, which sums them over
     its batch: the elements run one by one, and so does their forward call once more, since what
     it kept is that of the whole batch.
     """
-    args = (config, state_count, needs, batch_sizes, masks, output, reserve, *tensors)
-    if in_dims[6] is not None or in_dims[5] is None:  # kept for each element, or none is mapped
+    args = (config, state_count, needs, batch_sizes, *tensors)
+    dims, kept = in_dims[4:], len(_EXTRAS)
+    if dims[kept + 1] is not None or dims[kept] is None:  # kept for each element, or none is mapped
         return _one_by_one(call, size, in_dims, args)
-    grads = 1 + CELLS[config.cell].states
-    if any(needs[1 + state_count :]):
+    grads = 1 + spec_of(config.cell).states
+    axis = 0 if config.batch_first else 1
+    axes = (*_EXTRAS, axis, None, axis, *[1] * (grads - 1), axis, *[1] * state_count)
+    if any(needs[1 + state_count :]) or not _foldable(dims):
 
         def recompute(*one: Any) -> Sequence[Tensor]:
-            config, state_count, needs, batch_sizes, masks, _, _, *tensors = one
+            config, state_count, needs, batch_sizes, *tensors = one
+            extras, rest = tensors[:kept], tensors[kept + 2 :]
             output, *_, reserve = call_forward(
-                config, state_count, batch_sizes, masks, *tensors[grads:]
+                config, state_count, batch_sizes, *extras, *rest[grads:]
             )
-            return call(config, state_count, needs, batch_sizes, masks, output, reserve, *tensors)
+            return call(config, state_count, needs, batch_sizes, *extras, output, reserve, *rest)
 
         return _one_by_one(recompute, size, in_dims, args)
 
-    axis = 0 if config.batch_first else 1
-    # Of (gradients of output and states, input, *hx): where the batch is in each.
-    axes = (axis, *[1] * (grads - 1), axis, *[1] * state_count)
-    folded = [_fold(t, d, size, a) for t, d, a in zip(tensors, in_dims[7:], axes, strict=False)]
-    results = call(
-        config,
-        state_count,
-        needs,
-        None,
-        _fold(masks, in_dims[4], size, 2),
-        _fold(output, in_dims[5], size, axis),
-        reserve,
-        *folded,
-        *tensors[len(folded) :],
-    )
-    wanted = [a for a, need in zip(axes[grads:], needs, strict=False) if need]
+    folded = [
+        t if a is None else _fold(t, d, size, a)
+        for t, d, a in zip(tensors, dims, axes, strict=False)
+    ]
+    results = call(config, state_count, needs, None, *folded, *tensors[len(axes) :])
+    wanted = [a for a, need in zip(axes[kept + 2 + grads :], needs, strict=False) if need]
     return _unfold(results, wanted, size)
+
+
+def _foldable(dims: Dims) -> bool:
+    """Whether of the extras nothing is mapped but what has a batch to fold that dimension into."""
+    return all([a is not None or d is None for a, d in zip(_EXTRAS, dims, strict=False)])
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Any:

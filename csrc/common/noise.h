@@ -1,0 +1,38 @@
+// Random bits that are a function of where they are used, so that nothing is stored for the
+// backward pass, and no order of the work changes them. A hash in counter mode: each number is the
+// finalizer of MurmurHash3 (Appleby, 2011) applied to key and counter.
+#pragma once
+
+#include "portable.h"
+
+namespace fastcell::noise {
+
+using Bits = unsigned int;  // 32 of them
+using Counter = unsigned long long;
+
+FASTCELL_INLINE Bits mix(Bits x) {
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// Of one row of one state of a layer and direction.
+FASTCELL_INLINE Bits row_key(Counter seed, Bits layer, Bits state, Counter row) {
+  Bits key = mix(Bits(seed));
+  key = mix(key ^ Bits(seed >> 32));
+  key = mix(key ^ (2 * layer + state));
+  key = mix(key ^ Bits(row));
+  return mix(key ^ Bits(row >> 32));
+}
+
+// Of one unit: all 32-bit numbers with the same probability.
+FASTCELL_INLINE Bits draw(Bits key, Bits unit) { return mix(mix(unit * 0x9e3779b9u + key) ^ key); }
+
+// Draws below it have this probability.
+FASTCELL_INLINE Bits threshold(double probability) {
+  return probability >= 1 ? ~Bits(0) : Bits(probability * 4294967296.0);
+}
+
+}  // namespace fastcell::noise
