@@ -44,7 +44,7 @@ class Operands(NamedTuple):
 
     @property
     def config(self) -> tuple[Any, ...]:
-        return self[5:]
+        return self[8:]
 
     @property
     def leaves(self) -> list[Tensor]:

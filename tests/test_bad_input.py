@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastcell
 from fastcell import _core
+from fastcell.plan import NO_EXTRAS
 from support import python
 
 KINDS = ["RNN", "LSTM", "GRU"]
@@ -416,7 +417,7 @@ BACKWARD: dict[str, Callable[[SimpleNamespace], None]] = {
 
 def backward_alone(c: SimpleNamespace) -> Any:
     return torch.ops.fastcell.sequence_backward(
-        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, None, None, None, None, c.reserve,
+        c.grad_output, c.grad_states, c.input, c.hx, c.weights, None, *NO_EXTRAS, c.reserve,
         *c.config, c.needs,
     )  # fmt: skip
 

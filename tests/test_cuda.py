@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import fastcell
-from fastcell.plan import NO_EXTRAS
 from emulation_build import emulated
 from fastcell import cuda, engines
+from fastcell.plan import NO_EXTRAS
 from support import (
     CELLS,
     VARIANTS,

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fastcell
-from fastcell.plan import NO_EXTRAS
 from against_torch import CELLS as CELL_MODULES
 from against_torch import LAYERS, same_values, states, twins
 from fastcell import cpu, functional, ops
+from fastcell.plan import NO_EXTRAS
 from operands import CASES, Operands, operands, run_kernel, run_operator
 from support import assert_equal_bits
 

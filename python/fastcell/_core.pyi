@@ -63,8 +63,11 @@ class Stack:
         layers: int,
         directions: int,
         bias: bool,
+        options: Sequence[Any],
     ) -> None:
         """``cell``: a key of ``fastcell.cells.CELLS``; ``proj``: 0 for no projection.
+
+        ``options``: ``fastcell.cells.Options``.
 
         ``dtype``: ``"float32"`` or ``"float64"``; ``products``: as in ``fastcell.plan.Config``.
 
@@ -106,6 +109,7 @@ class Stack:
         rows: int,
         keep: bool,
         masks: bool,
+        recurrent: bool,
         narrow: bool,
         threads: int,
         /,
@@ -113,7 +117,14 @@ class Stack:
         """Bytes that ``forward`` needs at ``workspace``; ``narrow``: for input of 16 bits."""
 
     def backward_workspace(
-        self, steps: int, batch: int, rows: int, masks: bool, threads: int, /
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        masks: bool,
+        recurrent: bool,
+        threads: int,
+        /,
     ) -> int:
         """Bytes that ``backward`` needs at ``workspace``."""
 
@@ -131,7 +142,7 @@ class Stack:
         y: int,
         h_final: int,
         c_final: int,
-        masks: int,
+        extras: Sequence[int],
         packed: int,
         reserve: int,
         workspace: int,
@@ -140,6 +151,8 @@ class Stack:
         /,
     ) -> None:
         """Run the stack; with ``reserve`` keep what ``backward`` needs.
+
+        ``extras``: addresses of ``fastcell.plan.Extras``.
 
         ``storage`` of x and y: ``"same"`` as the stack's dtype, ``"bfloat16"`` or ``"float16"``.
         """
@@ -163,7 +176,7 @@ class Stack:
         d_c_final: int,
         d_h0: int,
         d_c0: int,
-        masks: int,
+        extras: Sequence[int],
         weights: Sequence[int],
         d_weights: Sequence[int],
         reserve: int,
@@ -270,8 +283,8 @@ def cuda_report() -> str:
 def cuda_images() -> list[tuple[str, bytes]]:
     """(architecture, machine code or PTX) of every CUDA module inside, unpacked."""
 
-def cuda_cell(name: str) -> tuple[int, int, int, int, int]:
-    """(gates, apart, states, saved, parameters) of a cell: the traits of csrc/cells/README.md."""
+def cuda_cell(name: str) -> tuple[int, int, int, int, int, bool]:
+    """(gates, apart, states, saved, parameters, recurrent) of a cell: csrc/cells/README.md."""
 
 def cuda_limits(device: int) -> dict[str, int]:
     """``capability`` (90 for 9.0), ``multiprocessors``, ``shared_per_block`` in bytes,
@@ -349,6 +362,10 @@ class CudaPlan:
         flags: int,
         offsets: int,
         lengths: int,
+        reset: int,
+        seed: int,
+        options: Sequence[Any],
+        layer: int,
         gate_stride: int,
         y: int,
         d_y: int,

@@ -143,8 +143,8 @@ class RecurrentStackGradient(Function):
         batch_sizes: Tensor | None,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        extras, (_, reserve, *tensors) = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
-        (grad_output, *grad_states), input, hx, weights = _split(config, state_count, tensors)
+        extras, (_, reserve, *rest) = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
+        (grad_output, *grad_states), input, hx, weights = _split(config, state_count, rest)
         found = operators.backward(
             config,
             grad_output,

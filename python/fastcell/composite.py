@@ -105,7 +105,7 @@ class _Part(NamedTuple):
     """What belongs to one layer and direction of a call."""
 
     cell: str
-    index: int
+    number: int
     w_hh: Tensor
     b_hh: Tensor | None
     w_hr: Tensor | None
@@ -116,7 +116,7 @@ class _Part(NamedTuple):
 def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
     factors = part.extras.recurrent
     if factors is not None:
-        h = h * factors[part.index, : h.shape[0]]
+        h = h * factors[part.number, : h.shape[0]]
     if spec_of(part.cell).recurrent:
         return linear(h, part.w_hh, part.b_hh)
     return h * part.w_hh if part.b_hh is None else h * part.w_hh + part.b_hh
@@ -132,7 +132,7 @@ def _zoned(part: _Part, first: int, before: States, after: States) -> States:
         hold: Tensor | float = p
         if seed is not None:
             rows = torch.arange(first, first + new.shape[0], device=new.device)
-            hold = noise.held(seed, part.index, i, rows, new.shape[1], p).to(new.dtype)
+            hold = noise.held(seed, part.number, i, rows, new.shape[1], p).to(new.dtype)
         states.append(new if p == 0 else hold * old + (1 - hold) * new)
     return tuple(states)
 

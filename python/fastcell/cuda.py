@@ -179,8 +179,8 @@ def _layer_of(
     each = len(weights) // (config.num_layers * directions)
     projected = each > 2 + 2 * config.bias + (own > 0)
     return _Layer(
-        config.cell, gates, apart, states, saved, parameters, recurrent, config.num_layers, directions,
-        config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), projected,
+        config.cell, gates, apart, states, saved, parameters, recurrent, config.num_layers,
+        directions, config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), projected,
         steps, batch, rows, dtype,
     )  # fmt: skip
 
@@ -352,8 +352,8 @@ def _in_words(plan: Any) -> str:
 
 def _plan(layer: _Layer, index: int, backward: bool) -> Any:
     return device_code.CudaPlan(
-        index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps, layer.batch,
-        layer.hidden, layer.output, layer.directions, layer.projected, _wanted(),
+        index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps,
+        layer.batch, layer.hidden, layer.output, layer.directions, layer.projected, _wanted(),
     )  # fmt: skip
 
 
@@ -442,14 +442,15 @@ class _Sweep:
         self.plan.run(
             stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
             pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
-            index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep, finish,
-            _report(self.device).data_ptr(), _PATIENCE,
+            index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep,
+            finish, _report(self.device).data_ptr(), _PATIENCE,
         )  # fmt: skip
 
 
 _SIDE = (
-    "weights", "projection", "gates", "parameters", "factors", "apart_bias", "carry_h", "carry_c", "exchange",
-    "exchange_projected", "cells", "first_h", "first_c", "cell_output", "d_gates", "d_output",
+    "weights", "projection", "gates", "parameters", "factors", "apart_bias", "carry_h", "carry_c",
+    "exchange", "exchange_projected", "cells", "first_h", "first_c", "cell_output",
+    "d_gates", "d_output",
 )  # fmt: skip
 
 

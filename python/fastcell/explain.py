@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .cells import spec_of, cell_of
+from .cells import cell_of, spec_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN

@@ -132,8 +132,8 @@ def rnn(
     """
     output, states = _run(
         rnn_cell(nonlinearity, zoneout), input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
-        lengths, reset,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        recurrent_dropout, lengths, reset,
     )  # fmt: skip
     return output, states[0]
 
@@ -167,8 +167,8 @@ def leaky_rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     output, states = _run(
         "leaky_" + nonlinearity, input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
-        lengths, reset,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        recurrent_dropout, lengths, reset,
     )  # fmt: skip
     return output, states[0]
 
@@ -273,8 +273,8 @@ def lstm(
     output, states = _run(
         cell, input, None if hx is None else two_states(hx), weights,
         batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
-        lengths, reset,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        recurrent_dropout, lengths, reset,
     )  # fmt: skip
     return output, (states[0], states[1])
 
@@ -307,9 +307,10 @@ def gru(
     Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
     """
     output, states = _run(
-        gru_cell(activation=activation, zoneout=zoneout), input, None if hx is None else (hx,), weights, batch_sizes,
-        num_layers, bias, batch_first, dropout, bidirectional, training, recompute, recurrent_dropout,
-        lengths, reset,
+        gru_cell(activation=activation, zoneout=zoneout), input, None if hx is None else (hx,),
+        weights, batch_sizes,
+        num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
+        recurrent_dropout, lengths, reset,
     )  # fmt: skip
     return output, states[0]
 

@@ -297,7 +297,7 @@ def _recurrent_masks(
     probability: float,
 ) -> Tensor:
     """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
-    shape = [h.shape for h in composite.zero_states(config, input, weights, batch_sizes)][0]
+    shape = next(h.shape for h in composite.zero_states(config, input, weights, batch_sizes))
     return torch.nn.functional.dropout(input.new_ones(shape), probability)
 
 
@@ -371,9 +371,9 @@ def _sequence_vmap(
     def call(
         config: Config, state_count: int, batch_sizes: Tensor | None, *tensors: Any
     ) -> Sequence[Tensor]:
-        extras, (input, *tensors) = tensors[:count], tensors[count:]
+        extras, (input, *rest) = tensors[:count], tensors[count:]
         output, states = torch.ops.fastcell.sequence(
-            input, tensors[:state_count], tensors[state_count:], batch_sizes, *extras, *config
+            input, rest[:state_count], rest[state_count:], batch_sizes, *extras, *config
         )
         return output, *states
 

@@ -225,6 +225,7 @@ class QuantizedLayer(_Quantized):
         self.dropout = 0.0
         self.bidirectional = layer.bidirectional
         self.recompute = False
+        self.recurrent_dropout = 0.0
         self.dtype = dtype
         self._cell = cell_of(layer)
         if self._cell not in CELL_OF_MODE.values():

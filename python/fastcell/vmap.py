@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .cells import spec_of
-from .plan import Config, Extras
+from .plan import Config
 
 Dims = Sequence[Any]
 Call = Callable[..., Sequence[Tensor]]
-# Where the batch is in each of a padded call's Extras.
-_EXTRAS = Extras(dropout=2, recurrent=1, reset=1, seed=None)  # type: ignore[arg-type]
+# Where the batch is in a padded call's Extras: dropout, recurrent, reset, seed.
+_EXTRAS: tuple[int | None, ...] = (2, 1, 1, None)
 Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
 
@@ -44,7 +44,10 @@ def forward(
     weights_mapped = any([d is not None for d in dims[len(axes) :]])
     if batch_sizes is not None or weights_mapped or not _foldable(dims):
         return _one_by_one(call, size, in_dims, args)
-    folded = [_fold(t, d, size, a) for t, d, a in zip(tensors, dims, axes, strict=False)]
+    folded = [
+        t if a is None else _fold(t, d, size, a)
+        for t, d, a in zip(tensors, dims, axes, strict=False)
+    ]
     results = call(config, state_count, None, *folded, *tensors[len(axes) :])
     states = spec_of(config.cell).states
     return _unfold(results, (axis, *[1] * states, *[None] * (len(results) - 1 - states)), size)
