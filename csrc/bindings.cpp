@@ -132,6 +132,16 @@ class BoundStack {
     return ReserveLayout(stack_, kernels_.saved, kernels_.states).row_elements;
   }
 
+  // Where what is kept of one layer has c of all rows: (first element, width), per direction.
+  std::vector<std::pair<int64_t, int64_t>> cells_at(int64_t rows) const {
+    const ReserveLayout layout(stack_, kernels_.saved, kernels_.states);
+    std::vector<std::pair<int64_t, int64_t>> found;
+    for (int dir = 0; dir < stack_.directions; ++dir) {
+      found.emplace_back(layout.states_at(stack_, 0, dir, rows), layout.states);
+    }
+    return found;
+  }
+
   void pack(const std::vector<Pointer>& weights, Pointer packed, int threads) const {
     struct Job {
       const BoundStack& self;
@@ -237,7 +247,8 @@ class BoundStack {
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
                 Pointer d_h0, Pointer d_c0, const ExtraPointers& extras, const std::vector<Pointer>& weights,
                 const std::vector<Pointer>& d_weights, Pointer reserve, Pointer workspace,
-                int64_t d_x_step, int64_t d_x_row, bool accumulate, int threads) const {
+                int64_t d_x_step, int64_t d_x_row, bool accumulate, Pointer d_cells,
+                int threads) const {
     const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
     if (weights.size() != expected || d_weights.size() != expected) {
       throw std::invalid_argument("backward: wrong number of weights");
@@ -265,6 +276,7 @@ class BoundStack {
     call.weights = w.data();
     call.d_weights = d_w.data();
     call.accumulate = accumulate;
+    call.d_cells = as(d_cells);
     call.reserve = as(reserve);
     call.workspace = as(workspace);
     prefer_huge_pages(call.workspace, kernels_.backward_workspace(call, threads));
@@ -728,6 +740,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("bias"), py::arg("options"))
       .def_property_readonly("packed_bytes", &BoundStack::packed_bytes)
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
+      .def("cells_at", &BoundStack::cells_at)
       .def("pack", &BoundStack::pack)
       .def("explain", &BoundStack::explain)
       .def("force_schedule", &BoundStack::force_schedule)

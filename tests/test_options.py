@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ CHOICES = {
     "lstm_coupled_general": Options("identity", "sigmoid", math.inf, 0.3, 0.0),
     "lstm_coupled_peephole_general": Options("softsign", "elu", 0.5, 0.1, 0.2),
     "gru_general": Options("softsign", "tanh", math.inf, 0.4, 0.0),
+    "gru_before": Options("elu", "tanh", math.inf, 0.3, 0.0),
 }
 PLAIN = [name for name in CELLS if name not in CHOICES]
 
@@ -332,6 +334,7 @@ LAYERS = {
         3, 4, proj_size=2, peephole=True, coupled=True, cell_clip=0.5
     ),
     "gru": lambda: fastcell.GRU(3, 4, activation="relu", zoneout=0.1),
+    "gru, reset before": lambda: fastcell.GRU(3, 4, bidirectional=True, reset_after=False),
     "independent": lambda: fastcell.IndRNN(3, 4, nonlinearity="tanh", zoneout=0.2),
 }
 
@@ -418,3 +421,277 @@ def test_no_other_layer_pays():
     """A layer without options has torch.nn's attributes, and the kernels of the plain cells."""
     layer = fastcell.LSTM(3, 4)
     assert set(vars(layer)) - {"_small"} == set(vars(torch.nn.LSTM(3, 4)))
+
+
+CELL_OPTIONS = {
+    "RNN": [{"zoneout": 0.3}],
+    "LSTM": [
+        {"peephole": True},
+        {"coupled": True, "cell_clip": 0.7},
+        {"peephole": True, "coupled": True, "activation": "relu", "output_activation": "elu"},
+        {"zoneout": (0.1, 0.4)},
+    ],
+    "GRU": [{"reset_after": False}, {"activation": "softsign", "zoneout": 0.2}],
+}
+SINGLE = [(name, options) for name, all_of in CELL_OPTIONS.items() for options in all_of]
+
+
+@pytest.mark.parametrize(("name", "options"), SINGLE, ids=str)
+def test_a_cell_is_a_step_of_the_layer(name, options):
+    torch.manual_seed(0)
+    cell = getattr(fastcell, name + "Cell")(3, 5, **options).double().eval()
+    layer = getattr(fastcell, name)(3, 5, **options).double().eval()
+    layer.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
+    x, h, c = (torch.randn(2, n).double() for n in (3, 5, 5))
+    if name == "LSTM":
+        _, wanted = layer(x[None], (h[None], c[None]))
+        found = cell(x, (h, c))
+    else:
+        _, last = layer(x[None], h[None])
+        wanted, found = (last,), (cell(x, h),)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b[0])
+    assert all(name in repr(cell) for name in options)
+    again = pickle.loads(pickle.dumps(cell))
+    assert repr(again) == repr(cell)
+
+
+def test_a_cell_draws_in_training_alone():
+    cell = fastcell.GRUCell(3, 50, zoneout=0.5)
+    x, h = torch.randn(2, 3), torch.randn(2, 50)
+    assert not torch.equal(cell(x, h), cell(x, h))
+    cell.eval()
+    assert torch.equal(cell(x, h), cell(x, h))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 40), (17, 33)])
+def test_the_original_gru(sizes):
+    """Reset before the product, written out."""
+    torch.manual_seed(2)
+    features, hidden = sizes
+    layer = fastcell.GRU(features, hidden, reset_after=False).double()
+    x, h = torch.randn(5, 2, features).double(), torch.randn(2, hidden).double()
+    found, last = layer(x, h[None])
+    w_ih, w_hh, b_ih, b_hh = (p.chunk(3) for p in layer.parameters())
+    for t in range(5):
+        r, z = (torch.sigmoid(x[t] @ w_ih[k].T + b_ih[k] + h @ w_hh[k].T + b_hh[k]) for k in (0, 1))
+        n = torch.tanh(x[t] @ w_ih[2].T + b_ih[2] + (r * h) @ w_hh[2].T + b_hh[2])
+        h = (1 - z) * n + z * h
+        torch.testing.assert_close(found[t], h)
+    torch.testing.assert_close(last[0], h)
+
+
+# --- skip connections through time ----------------------------------------------------------------
+
+
+def delayed_by_hand(layer, d, x, states, reset=None):
+    """One step at a time, as a cell, of one sample's (T, I) and its d last states."""
+    states = [list(s.unbind(0)) for s in states]
+    outputs = []
+    for t, x_t in enumerate(x):
+        if reset is not None and reset[t]:
+            states = [[torch.zeros_like(s) for s in of] for of in states]
+        before = [of[-d] for of in states]
+        given = tuple(s[None] for s in before)
+        output, after = layer(x_t[None], given if len(given) == 2 else given[0])
+        after = after if isinstance(after, tuple) else (after,)
+        for of, new in zip(states, after, strict=True):
+            of.append(new[0])
+        outputs.append(output[0])
+    return torch.stack(outputs), [torch.stack(of[-d:]) for of in states]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 7, 11])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_delay_is_as_by_hand(name, steps):
+    torch.manual_seed(steps)
+    d, batch = 3, 2
+    layer = getattr(fastcell, name)(4, 5, skip=d).double()
+    plain = getattr(fastcell, name)(4, 5).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(steps, batch, 4).double()
+    reset = torch.rand(steps, batch) < 0.2
+    count = 2 if name == "LSTM" else 1
+    states = [torch.randn(1, d * batch, 5).double() for _ in range(count)]
+    output, final = layer(x, tuple(states) if count == 2 else states[0], reset=reset)
+    final = final if count == 2 else (final,)
+    for b in range(batch):
+        own = [s.view(d, batch, 5)[:, b] for s in states]
+        wanted, last = delayed_by_hand(plain, d, x[:, b], own, reset[:, b])
+        torch.testing.assert_close(output[:, b], wanted)
+        for s, w in zip(final, last, strict=True):
+            torch.testing.assert_close(s.view(d, batch, 5)[:, b], w)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_delay_goes_on_over_windows(cut, batch_first):
+    layer = fastcell.GRU(3, 5, 2, skip=4, batch_first=batch_first).double()
+    axis = 1 if batch_first else 0
+    x = torch.randn(*((2, 10) if batch_first else (10, 2)), 3).double()
+    whole, last = layer(x)
+    first, state = layer(x.narrow(axis, 0, cut))
+    second, end = layer(x.narrow(axis, cut, 10 - cut), state)
+    torch.testing.assert_close(torch.cat((first, second), axis), whole)
+    torch.testing.assert_close(end, last)
+
+
+def test_a_delay_in_both_directions():
+    layer = fastcell.LSTM(3, 4, skip=3, bidirectional=True).double()
+    forward, back = (fastcell.LSTM(3, 4, skip=3).double() for _ in range(2))
+    weights = layer.state_dict()
+    forward.load_state_dict({k: v for k, v in weights.items() if "reverse" not in k})
+    back.load_state_dict(
+        {k.removesuffix("_reverse"): v for k, v in weights.items() if "reverse" in k}
+    )
+    x = torch.randn(7, 2, 3).double()
+    h, c = torch.randn(2, 6, 4).double(), torch.randn(2, 6, 4).double()
+    output, (h_n, c_n) = layer(x, (h, c))
+
+    def turned(s):
+        """Nearest first to oldest first, and back."""
+        return s.view(1, 3, 2, 4).flip(1).reshape(1, 6, 4)
+
+    one, (h_1, c_1) = forward(x, (h[:1], c[:1]))
+    two, (h_2, c_2) = back(x.flip(0), (turned(h[1:]), turned(c[1:])))
+    torch.testing.assert_close(output, torch.cat((one, two.flip(0)), -1))
+    torch.testing.assert_close(h_n, torch.cat((h_1, turned(h_2))))
+    torch.testing.assert_close(c_n, torch.cat((c_1, turned(c_2))))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_delay_with_lengths(bidirectional):
+    layer = fastcell.RNN(3, 4, 2, skip=3, bidirectional=bidirectional).double()
+    x = torch.randn(8, 4, 3).double()
+    lengths = torch.tensor([8, 1, 0, 5])
+    output, final = layer(x, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        assert not output[n:, b].any()
+        if n:
+            alone, last = layer(x[:n, b])
+            torch.testing.assert_close(output[:n, b], alone)
+            torch.testing.assert_close(final.view(-1, 3, 4, 4)[:, :, b], last)
+
+
+def test_a_delay_has_gradients():
+    layer = fastcell.LSTM(2, 3, skip=2).double()
+    x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x, h, c):
+        output, states = layer(x, (h, c))
+        return output, *states
+
+    assert torch.autograd.gradcheck(run, (x, h, c))
+    assert torch.autograd.gradgradcheck(run, (x, h, c))
+
+
+def test_wrong_delays_are_refused():
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="skip must be a positive number of steps"):
+            fastcell.RNN(3, 4, skip=wrong)
+    layer = fastcell.RNN(3, 4, skip=2)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 3)])
+    with pytest.raises(ValueError, match="skip goes with padded input"):
+        layer(packed)
+    with pytest.raises(RuntimeError, match="h_0"):
+        layer(torch.zeros(4, 2, 3), torch.zeros(1, 2, 4))
+
+
+# --- all states -----------------------------------------------------------------------------------
+
+
+def states_by_hand(layer, x):
+    """h and c of every step: of ever longer beginnings of a layer of one direction."""
+    finals = [layer(x[: t + 1])[1] for t in range(len(x))]
+    if isinstance(finals[0], tuple):
+        return tuple(torch.stack(parts, 1) for parts in zip(*finals, strict=True))
+    return (torch.stack(finals, 1),)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "IndRNN", "LeakyRNN", "LSTM projected"])
+def test_all_states(name):
+    torch.manual_seed(0)
+    kind, *projected = name.split()
+    options = {"proj_size": 3} if projected else {}
+    layer = getattr(fastcell, kind)(4, 5, num_layers=2, **options).double()
+    x = torch.randn(6, 3, 4).double()
+    output, final, every = layer(x, return_states=True)
+    plain, last = layer(x)
+    torch.testing.assert_close(output, plain)
+    torch.testing.assert_close(final, last)
+    for found, wanted in zip(
+        every if kind == "LSTM" else (every,), states_by_hand(layer, x), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    batch_first = getattr(fastcell, kind)(4, 5, 2, batch_first=True, **options).double()
+    batch_first.load_state_dict(layer.state_dict())
+    turned = batch_first(x.transpose(0, 1), return_states=True)[2]
+    for a, b in zip(
+        turned if kind == "LSTM" else (turned,), every if kind == "LSTM" else (every,), strict=True
+    ):
+        torch.testing.assert_close(a.transpose(1, 2), b)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_all_states_in_both_directions_and_with_lengths(name):
+    layer = getattr(fastcell, name)(4, 5, num_layers=2, bidirectional=True).double()
+    x = torch.randn(6, 3, 4).double()
+    lengths = torch.tensor([4, 6, 1])
+    output, final, every = layer(x, lengths=lengths, return_states=True)
+    plain, last = layer(x, lengths=lengths)
+    torch.testing.assert_close(output, plain)
+    torch.testing.assert_close(final, last)
+    every, last = (every, last) if name == "LSTM" else ((every,), (last,))
+    for all_of, end in zip(every, last, strict=True):
+        assert all_of.shape == (4, 6, 3, 5)
+        for b, n in enumerate(lengths.tolist()):
+            torch.testing.assert_close(all_of[0::2, n - 1, b], end[0::2, b])
+            torch.testing.assert_close(all_of[1::2, 0, b], end[1::2, b])
+            assert not all_of[:, n:, b].any()
+        torch.testing.assert_close(every[0][2:, :, :].movedim(0, 2).flatten(2), output)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    rows = layer(packed, return_states=True)[2]
+    for found, padded in zip(rows if name == "LSTM" else (rows,), every, strict=True):
+        of = torch.nn.utils.rnn.pack_padded_sequence(
+            padded.movedim(0, 2).flatten(2), lengths, enforce_sorted=False
+        )
+        torch.testing.assert_close(found.movedim(0, 1).flatten(1), of.data)
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"peephole": True, "zoneout": 0.0}])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_all_states_have_gradients(options, bidirectional):
+    torch.manual_seed(1)
+    layer = fastcell.LSTM(2, 3, 2, bidirectional=bidirectional, **options).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    names = [n for n, _ in layer.named_parameters()]
+
+    def run(x, *weights):
+        given = dict(zip(names, weights, strict=True))
+        output, final, every = torch.func.functional_call(
+            layer, given, (x,), {"return_states": True}
+        )
+        return output, *final, *every
+
+    leaves = (x, *layer.parameters())
+    assert torch.autograd.gradcheck(run, leaves)
+    frozen = [p.detach() for p in layer.parameters()]
+    assert torch.autograd.gradgradcheck(lambda x: run(x, *frozen), (x,))
+
+
+def test_all_states_compiled_and_narrow():
+    layer = fastcell.LSTM(2, 3, 2)
+    x = torch.randn(4, 2, 2)
+
+    def run(x):
+        output, _, (h, c) = layer(x, return_states=True)
+        return output, h, c
+
+    compiled = torch.compile(run, backend="aot_eager")
+    for a, b in zip(compiled(x), run(x), strict=True):
+        torch.testing.assert_close(a, b)
+    layer.to(torch.bfloat16)
+    _, _, (h, c) = layer(x.bfloat16(), return_states=True)
+    assert (h.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16)

@@ -14,6 +14,7 @@ struct CellTraits {
   static constexpr bool direct = false;
   static constexpr int parameters = 0;
   static constexpr int held = 0;
+  static constexpr int second = 0;
   static constexpr bool recurrent = true;
 };
 

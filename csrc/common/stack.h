@@ -142,6 +142,7 @@ struct BackwardCall {
   const void* const* weights;  // flat, torch's order
   void* const* d_weights;      // flat; null entries are not asked for
   bool accumulate;             // d_weights are added to
+  const void* d_cells;         // (rows, D*hidden), of one layer's c at all steps, or null
   const void* reserve;
   void* workspace;
 };

@@ -60,6 +60,7 @@ class Backward {
   static constexpr int A = Cell::apart;
   static constexpr int N = Cell::parameters;
   static constexpr int joined = G - A;
+  static constexpr int S = Cell::second;
   static constexpr int lanes = V::lanes;
 
   struct Buffers {
@@ -118,7 +119,7 @@ class Backward {
     }
     static int64_t widest(const Stack& s) {
       const int64_t input = widest_input(s);
-      return s.projected && s.hidden > input ? s.hidden : input;
+      return (s.projected || S > 0) && s.hidden > input ? s.hidden : input;
     }
   };
 
@@ -148,6 +149,8 @@ class Backward {
     const uint64_t* seed;  // or null
     const T* factors;      // of h in the recurrent product, (B, output), or null
     int index;             // of layer and direction
+    const T* d_cells;      // this direction's columns, or null
+    int64_t d_cells_stride;
     Panels<T> over_h;  // columns h_{t-1}
     Panels<T> over_m;  // columns m_t, projected only
 
@@ -244,7 +247,7 @@ class Backward {
       alignas(64) T zeros[kMaxVectors * lanes] = {};
       const T* panel = h_weights + over_h.offset(p);
       if constexpr (Cell::recurrent) {
-        multiply_panel<Plain<T>>(a, to, n, panel, vectors, joined * s.hidden, lanes, zeros);
+        multiply_panel<Plain<T>>(a, to, n, panel, vectors, (joined - S) * s.hidden, lanes, zeros);
       } else {
         for (int i = 0; i < n; ++i) std::memcpy(to[i], zeros, vectors * lanes * sizeof(T));
       }
@@ -310,6 +313,10 @@ class Backward {
           }
         }
       });
+      if constexpr (S > 0) {
+        place.sync();
+        step_first(t, backwards);
+      }
       if (!s.projected) return;
       place.sync();
       alignas(64) T zeros[kMaxVectors * lanes] = {};
@@ -332,6 +339,56 @@ class Backward {
           }
         }
       });
+    }
+
+    // Of a step with a second product, what goes back through that: to the gates of the first part,
+    // and to h.
+    void step_first(int64_t t, bool backwards) {
+      const int64_t alive = time.alive(t), first = time.first(t);
+      T* const d_gates_now = d_gates_of(t);
+      alignas(64) T zeros[kMaxVectors * lanes] = {};
+      share(over_h).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+        if (b1 > alive) b1 = alive;
+        const int vectors = over_h.vectors(p);
+        const T* panel = h_weights + over_h.offset(p) + (G - S) * s.hidden * vectors * lanes;
+        alignas(64) T block[kRowBlock * kMaxVectors * lanes];
+        for (int64_t b = b0; b < b1; b += kRowBlock) {
+          const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
+          const T* a[kRowBlock];
+          T* to[kRowBlock];
+          for (int i = 0; i < n; ++i) {
+            a[i] = d_gates_now + (b + i) * width(s) + (G - S) * s.hidden;
+            to[i] = block + i * vectors * lanes;
+          }
+          multiply_panel<Plain<T>>(a, to, n, panel, vectors, S * s.hidden, lanes, zeros);
+          for (int i = 0; i < n; ++i) {
+            for (int v = 0; v < vectors; ++v) {
+              finish_first(over_h.first_unit(p) + v * lanes, V::load(to[i] + v * lanes), t, b + i,
+                           first + b + i, d_gates_now);
+            }
+          }
+        }
+      });
+    }
+
+    FASTCELL_INLINE void finish_first(int64_t unit, V d, int64_t t, int64_t b, int64_t r,
+                                      T* d_gates_now) {
+      const int valid = s.hidden - unit < lanes ? int(s.hidden - unit) : lanes;
+      V keep[Cell::saved], d_a[G], by(T(1));
+      for (V& one : d_a) one = V(0);
+      for (int i = 0; i < Cell::saved; ++i) {
+        keep[i] = load_first(saved + (r * Cell::saved + i) * s.hidden + unit, valid);
+      }
+      if (factors) by = load_first(factors + b * s.output + unit, valid);
+      const V h = load_first(h_before(t, b) + unit, valid) * by;
+      const V d_h_part = Cell::backward_first(keep, h, d, d_a) * by;
+      for (int g = 0; g < G - S; ++g) {
+        T* const at = d_gates_now + b * width(s) + g * s.hidden + unit;
+        store_first(at, load_first(at, valid) + d_a[g], valid);
+      }
+      if (begins_anew(t, b)) return;
+      T* const carried = d_h + b * buffers.d_h_stride + unit;
+      (V::load(carried) + d_h_part).store(carried);
     }
 
     FASTCELL_INLINE void add_output_gradient(int64_t p, int64_t t, int64_t b, int64_t r,
@@ -369,6 +426,7 @@ class Backward {
           before[1] = cell_before(t, b, unit, valid);
           after[1] = load_first(kept_states + r * s.hidden + unit, valid);
           d_state[1] = V::load(d_c + b * buffers.d_c_stride + unit);
+          if (d_cells) d_state[1] = d_state[1] + load_first(d_cells + r * d_cells_stride + unit, valid);
         }
         for (int i = 0; i < N; ++i) {
           p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);
@@ -518,7 +576,7 @@ class Backward {
         const Panels<T> over_h{1, s.output, G * s.hidden};
         const T* w_hh = weight(dir, 1);
         // A single step has no later one; only its initial state's gradient would need W_hh.
-        if (Cell::recurrent && (time.steps > 1 || call.d_state[0])) {
+        if (Cell::recurrent && (time.steps > 1 || call.d_state[0] || S > 0)) {
           pack_rows(
               over_h, [&](int64_t k) { return w_hh + k * s.output; }, buffers.h_weights[dir],
               part(over_h.count(), team.index, team.size));
@@ -568,6 +626,8 @@ class Backward {
                                               flat(dir) * time.batch * s.output
                                         : nullptr,
                   flat(dir),
+                  call.d_cells ? static_cast<const T*>(call.d_cells) + dir * s.hidden : nullptr,
+                  s.directions * s.hidden,
                   Panels<T>{1, s.output, G * s.hidden},
                   Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
       for (int i = 0; i < Cell::states; ++i) {
@@ -668,7 +728,22 @@ class Backward {
       const typename Gradient::template Features<decltype(h_row)> of_h{h_row, s.output};
       T* const d_ih = d_weight(dir, 0);
       T* const d_hh = Cell::recurrent ? d_weight(dir, 1) : nullptr;
-      if constexpr (A == 0) {
+      if constexpr (S > 0) {
+        const typename Gradient::Part parts[] = {
+            {0, (G - S) * H, d_ih, d_hh},
+            {(G - S) * H, S * H, d_ih ? d_ih + (G - S) * H * of_x.n : nullptr, nullptr}};
+        Gradient::run(d_gates, width, time, rows, of_x, of_h, parts, begin, half, buffers.product,
+                      team);
+        // What the second product took was saved last.
+        const auto m_row = [&](int64_t, int64_t, int64_t r) {
+          return d.saved + (r * Cell::saved + Cell::saved - 1) * H;
+        };
+        const typename Gradient::template Features<decltype(m_row)> of_m{m_row, H};
+        const typename Gradient::Part second[] = {
+            {(G - S) * H, S * H, d_hh ? d_hh + (G - S) * H * H : nullptr, nullptr}};
+        Gradient::run(d_gates, width, time, rows, of_m, of_h, second, begin, half, buffers.product,
+                      team);
+      } else if constexpr (A == 0) {
         const typename Gradient::Part parts[] = {{0, G * H, d_ih, d_hh}};
         Gradient::run(d_gates, width, time, rows, of_x, of_h, parts, begin, half, buffers.product,
                       team);

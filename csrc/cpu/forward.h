@@ -19,8 +19,8 @@ template <class T, class Cell, class Precision>
 struct PackedDirection {
   using Element = typename Precision::Element;
 
-  Panels<T> x, h, r;  // depths in groups
-  Element *x_weights, *h_weights, *r_weights;
+  Panels<T> x, h, second, r;  // depths in groups
+  Element *x_weights, *h_weights, *second_weights, *r_weights;
   T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
   T *x_scales, *h_scales, *r_scales;  // [block][slot][lane], where the precision has them
@@ -28,10 +28,13 @@ struct PackedDirection {
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
       : x{Cell::gates, s.hidden, groups(s.layer_input(layer))},
-        h{Cell::gates, s.hidden, Cell::recurrent ? groups(s.output) : 0},
+        h{Cell::gates - Cell::second, s.hidden, Cell::recurrent ? groups(s.output) : 0,
+          x.blocks_each()},
+        second{1, Cell::second > 0 ? s.hidden : 0, groups(s.output)},
         r{1, s.projected ? s.output : 0, groups(s.hidden)} {
     x_weights = arena.take<Element>(x.size() * Precision::group);
     h_weights = arena.take<Element>(h.size() * Precision::group);
+    second_weights = arena.take<Element>(second.size() * Precision::group);
     r_weights = arena.take<Element>(r.size() * Precision::group);
     x_bias = arena.take<T>(x.padded_units() * Cell::gates);
     h_bias = arena.take<T>(x.padded_units() * Cell::apart);
@@ -62,6 +65,8 @@ struct Slots {
   static constexpr int count = Cell::gates + Cell::apart;
   static_assert(count <= kMaxVectors, "the sums of a unit block are one tile wide at most");
   static_assert(apart == 0 || Cell::gates > 2, "one unit block per panel where gates are apart");
+  static_assert(Cell::second == 0 || (Cell::second == 1 && apart == 0 && Cell::states == 1),
+                "what a second product has been written for");
 
   static constexpr int gate_of(int input_slot) {
     return input_slot < apart ? joined + input_slot : input_slot - apart;
@@ -96,6 +101,10 @@ struct Packing {
         const int first = Slots<Cell>::gate_of(0);
         pack(to.x, weights[0], s.layer_input(layer), to.x_weights, first);
         if constexpr (Cell::recurrent) pack(to.h, weights[1], s.output, to.h_weights, 0);
+        if constexpr (Cell::second > 0) {
+          const auto* own = static_cast<const Element*>(weights[1]) + to.h.gates * s.hidden * s.output;
+          pack(to.second, own, s.output, to.second_weights, 0);
+        }
         if (s.projected) pack(to.r, weights[s.projection_at()], s.hidden, to.r_weights, 0);
         if (team.index > 0) continue;
         pack_bias(s, weights, to);
@@ -220,8 +229,9 @@ class Forward {
     T* sums;  // [panel][row]: begun with the projections of one chunk
     T* h;     // double-buffered: (B, padded output)
     T* c;     // (B, padded hidden) of the states behind h
-    T* m;     // (B, padded hidden), before the projection
-    int64_t sums_size, h_size, c_size, m_size;
+    T* m;     // (B, padded hidden): what the projection, or the second product, takes
+    T* first_part;  // (B, gates, padded hidden): what the second part of a step needs of the first
+    int64_t sums_size, h_size, c_size, m_size, first_size;
     char* x_rows;   // per thread: rows made ready for the product, of one chunk or step
     char* h_rows;   // per thread: (B, .) of h or m
     T* masked;      // per thread: (B, padded output) of h after recurrent dropout
@@ -251,11 +261,13 @@ class Forward {
       sums_size = chunk * step;
       h_size = time.batch * h_stride;
       c_size = (Cell::states - 1) * time.batch * c_stride;
-      m_size = s.projected ? time.batch * c_stride : 0;
+      m_size = s.projected || Cell::second > 0 ? time.batch * c_stride : 0;
+      first_size = Cell::second > 0 ? time.batch * G * c_stride : 0;
       sums = arena.take<T>(at_once * sums_size);
       h = arena.take<T>(runs * 2 * h_size);
       c = arena.take<T>(runs * c_size);
       m = arena.take<T>(runs * m_size);
+      first_part = arena.take<T>(runs * first_size);
       const int64_t features = s.layers > 1 && width > s.input ? width : s.input;
       x_bytes = Precision::row_bytes(features);
       h_bytes = Precision::row_bytes(s.projected ? s.hidden : s.output);
@@ -340,6 +352,7 @@ class Forward {
   T* h[2];
   T* c;
   T* m;
+  T* first_part;
   const int64_t h_stride, c_stride, chunk;
   const bool x_prepared;  // rows of x are copied first, to x_rows
   char* const x_rows;
@@ -378,6 +391,7 @@ class Forward {
           buffers.h + (2 * run(call, layer, dir) + 1) * buffers.h_size},
         c(buffers.c + run(call, layer, dir) * buffers.c_size),
         m(buffers.m + run(call, layer, dir) * buffers.m_size),
+        first_part(buffers.first_part + run(call, layer, dir) * buffers.first_size),
         h_stride(buffers.h_stride),
         c_stride(buffers.c_stride),
         chunk(buffers.chunk),
@@ -516,6 +530,10 @@ class Forward {
         place.sync();
         if (s.projected) {
           project_output(t, after);
+          place.sync();
+        }
+        if constexpr (Cell::second > 0) {
+          second_part(t, h[i % 2], after);
           place.sync();
         }
       }
@@ -663,9 +681,7 @@ class Forward {
   }
 
   void step(int64_t t, const T* h_before, T* h_after, bool backwards) {
-    const int64_t alive = time.alive(t), first = time.first(t);
-    const int64_t alive_next =
-        reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
+    const int64_t alive = time.alive(t), first = time.first(t), alive_next = going_on(t);
     const Share share = this->share();
     int64_t panels_done = 0;
     if (!hoisted && x_prepared) prepare_x(t, t + 1);
@@ -724,50 +740,115 @@ class Forward {
   // `valid` is a constant.
   FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int64_t width,
                               const Rows& rows, const T* h_before, T* h_after) {
+    if constexpr (Cell::second > 0) return finish_first(unit, from, width, rows, h_before);
     V p[Cell::parameters + Cell::held + 1];
     for (int i = 0; i < Cell::parameters; ++i) {
       p[i] = V::load(w.parameters + unit * Cell::parameters + i * lanes);
     }
     for (int row = 0; row < rows.n; ++row, from += width) {
       const int64_t b = rows.b + row, r = rows.first + b;
-      const bool last = b >= rows.alive_next;
-      V a[G + A], state[Cell::states], keep[Cell::saved + 1];
+      V a[G + A + Cell::second];
       for (int g = 0; g < joined; ++g) a[g] = V::load(from + (A + g) * lanes);
       for (int g = 0; g < A; ++g) {
         a[joined + g] = V::load(from + g * lanes);
         a[G + g] = V::load(from + (G + g) * lanes);
       }
-      T* const c_row = c + b * c_stride + unit;
-      state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
-      if constexpr (Cell::states > 1) state[1] = V::load(c_row);
-      if (__builtin_expect(begins_anew(r), 0)) {
-        for (V& one : state) one = V(0);
-      }
-      for (int i = 0; i < Cell::held; ++i) {
-        const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
-        p[Cell::parameters + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
-      }
-      Cell::forward(s.options, a, p, state, keep);
+      finish_row(unit, valid, a, p, b, r, b >= rows.alive_next, h_before, h_after);
+    }
+  }
 
-      if (saved) {
-        for (int i = 0; i < Cell::saved; ++i) {
-          store_first(saved + (r * Cell::saved + i) * s.hidden + unit, keep[i], valid);
-        }
-      }
-      if constexpr (Cell::states > 1) {
-        state[1].store(c_row);
-        if (kept_states) store_first(kept_states + r * s.hidden + unit, state[1], valid);
-        if (last) store_first(final_state[1] + b * s.hidden + unit, state[1], valid);
-      }
-      if (s.projected) {
-        state[0].store(m + b * c_stride + unit);
-        if (kept_cell_output) store_first(kept_cell_output + r * s.hidden + unit, state[0], valid);
-      } else {
-        state[0].store(h_after + b * h_stride + unit);
-        store_output(r * y_stride + unit, state[0], valid);
-        if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
+  // The same for one sample, whose row is r; `last`: its last step. p: the cell's parameters.
+  FASTCELL_INLINE void finish_row(int64_t unit, int valid, const V* a, V* p, int64_t b, int64_t r,
+                                  bool last, const T* h_before, T* h_after) {
+    V state[Cell::states], keep[Cell::saved + 1];
+    T* const c_row = c + b * c_stride + unit;
+    state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
+    if constexpr (Cell::states > 1) state[1] = V::load(c_row);
+    if (__builtin_expect(begins_anew(r), 0)) {
+      for (V& one : state) one = V(0);
+    }
+    for (int i = 0; i < Cell::held; ++i) {
+      const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
+      p[Cell::parameters + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
+    }
+    Cell::forward(s.options, a, p, state, keep);
+
+    if (saved) {
+      for (int i = 0; i < Cell::saved; ++i) {
+        store_first(saved + (r * Cell::saved + i) * s.hidden + unit, keep[i], valid);
       }
     }
+    if constexpr (Cell::states > 1) {
+      state[1].store(c_row);
+      if (kept_states) store_first(kept_states + r * s.hidden + unit, state[1], valid);
+      if (last) store_first(final_state[1] + b * s.hidden + unit, state[1], valid);
+    }
+    if (s.projected) {
+      state[0].store(m + b * c_stride + unit);
+      if (kept_cell_output) store_first(kept_cell_output + r * s.hidden + unit, state[0], valid);
+    } else {
+      state[0].store(h_after + b * h_stride + unit);
+      store_output(r * y_stride + unit, state[0], valid);
+      if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
+    }
+  }
+
+  // The first part of steps with a second product: leaves what that takes, and what is needed then.
+  FASTCELL_INLINE void finish_first(int64_t unit, const T* from, int64_t width, const Rows& rows,
+                                    const T* h_before) {
+    for (int row = 0; row < rows.n; ++row, from += width) {
+      const int64_t b = rows.b + row;
+      V a[G];
+      for (int g = 0; g < G; ++g) a[g] = V::load(from + g * lanes);
+      const V h = V::load(h_operand(h_before, b, rows.first + b) + unit);
+      Cell::first(s.options, a, h).store(m + b * c_stride + unit);
+      for (int g = 0; g < G; ++g) a[g].store(first_part + (b * G + g) * c_stride + unit);
+    }
+  }
+
+  void second_part(int64_t t, const T* h_before, T* h_after) {
+    const int64_t alive = time.alive(t), first = time.first(t), alive_next = going_on(t);
+    const Panels<T>& panels = w.second;
+    const Share share(panels.count(), place.b0, place.b1, panels.rows_each(), place.index,
+                      place.size);
+    prepare_m(alive);
+    share.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+      if (b1 > alive) b1 = alive;
+      const int vectors = panels.vectors(p);
+      alignas(64) T zeros[kMaxVectors * lanes] = {};
+      alignas(64) T block[kRowBlock * kMaxVectors * lanes];
+      for (int64_t b = b0; b < b1; b += kRowBlock) {
+        const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
+        const Element* a[kRowBlock];
+        T* to[kRowBlock];
+        for (int i = 0; i < n; ++i) {
+          a[i] = m_row(b + i);
+          to[i] = block + i * vectors * lanes;
+        }
+        Precision::multiply(a, to, n, Packed::panel(panels, w.second_weights, p), nullptr, vectors,
+                            panels.depth, zeros);
+        for (int i = 0; i < n; ++i) {
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t unit = panels.first_unit(p) + v * lanes;
+            const int valid = s.hidden - unit < lanes ? int(s.hidden - unit) : lanes;
+            V values[G + 1], held[Cell::held + 1];
+            for (int g = 0; g < G; ++g) {
+              values[g] = V::load(first_part + ((b + i) * G + g) * c_stride + unit);
+            }
+            values[G - 1] = values[G - 1] + V::load(to[i] + v * lanes);
+            values[G] = V::load(m + (b + i) * c_stride + unit);
+            finish_row(unit, valid, values, held, b + i, first + b + i, b + i >= alive_next,
+                       h_before, h_after);
+          }
+        }
+      }
+    });
+  }
+
+  // Samples of step t that have another step after it, in the order of this direction.
+  int64_t going_on(int64_t t) const {
+    if (reverse) return t > 0 ? time.batch : 0;
+    return t + 1 < time.steps ? time.alive(t + 1) : 0;
   }
 
   FASTCELL_INLINE void store_output(int64_t at, V value, int valid) const {
@@ -782,9 +863,7 @@ class Forward {
 
   // h_t = W_hr m_t.
   void project_output(int64_t t, T* h_after) {
-    const int64_t alive = time.alive(t), first = time.first(t);
-    const int64_t alive_next =
-        reverse ? (t > 0 ? time.batch : 0) : (t + 1 < time.steps ? time.alive(t + 1) : 0);
+    const int64_t alive = time.alive(t), first = time.first(t), alive_next = going_on(t);
     const Share share(w.r.count(), place.b0, place.b1, w.r.rows_each(), place.index, place.size);
     alignas(64) T zeros[kMaxVectors * lanes] = {};
     prepare_m(alive);

@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with FASTCELL_ISA naming the set.
 #include "../cells/gru.h"
+#include "../cells/gru_before.h"
 #include "../cells/gru_options.h"
 #include "../cells/leaky.h"
 #include "../cells/lstm.h"
@@ -87,6 +88,7 @@ constexpr CellKernels other_cells[] = {
     kernels_of<T, cells::LstmCoupledGeneral, Exact<T>>("lstm_coupled_general"),
     kernels_of<T, cells::LstmCoupledPeepholeGeneral, Exact<T>>("lstm_coupled_peephole_general"),
     kernels_of<T, cells::GruGeneral, Exact<T>>("gru_general"),
+    kernels_of<T, cells::GruBefore, Exact<T>>("gru_before"),
 };
 
 template <size_t n>

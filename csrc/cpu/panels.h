@@ -15,9 +15,13 @@ struct Panels {
   int gates;      // columns per unit
   int64_t units;  // e.g. hidden units
   int64_t depth;  // k
+  int most_blocks = kMaxVectors;
 
   // Unit blocks (of `lanes` units) per full panel.
-  int blocks_each() const { return gates == 1 ? kMaxVectors : gates == 2 ? 2 : 1; }
+  int blocks_each() const {
+    const int fitting = gates == 1 ? kMaxVectors : gates == 2 ? 2 : 1;
+    return fitting < most_blocks ? fitting : most_blocks;
+  }
   int64_t units_each() const { return int64_t(blocks_each()) * lanes; }
   int64_t count() const { return (units + units_each() - 1) / units_each(); }
   int64_t first_unit(int64_t p) const { return p * units_each(); }

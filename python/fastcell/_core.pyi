@@ -97,6 +97,9 @@ class Stack:
         number of threads. A backward call, and one with dropout masks, has no layer groups.
         """
 
+    def cells_at(self, rows: int, /) -> list[tuple[int, int]]:
+        """Where what is kept of one layer has c of all rows: (first element, width) per direction."""
+
     def force_schedule(
         self, direction_groups: int, batch_groups: int, unit_threads: int, layer_groups: int, /
     ) -> None:
@@ -184,6 +187,7 @@ class Stack:
         d_x_step: int,
         d_x_row: int,
         accumulate: bool,
+        d_cells: int,
         threads: int,
         /,
     ) -> None:

@@ -6,11 +6,13 @@ numbers and ``extra_repr`` are inherited from torch.nn.RNNCellBase.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import ops
-from .cells import spec_of
+from .cells import CellSpec, gru_cell, lstm_cell, rnn_cell, spec_of
 from .checks import check_tensors
 from .functional import States
 from .modules import Swappable
@@ -28,6 +30,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         """
         spec = spec_of(cell)
         w_ih, w_hh, b_ih, b_hh = self._weights()
+        own = self._own(spec)
         if w_ih is None or w_hh is None:
             name, position = ("w_ih", 3) if w_ih is None else ("w_hh", 4)
             raise TypeError(
@@ -64,6 +67,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         elif b_hh is not None:
             weights += torch.zeros_like(b_hh), b_hh
         bias = len(weights) == 4
+        weights += own
         check_tensors(input, states, weights, 1, spec, input_size, hidden_size, 0, 1, 1, bias)
         if hidden_size == 0:
             # torch allows it. A state of no element is made so that a gradient can flow through.
@@ -80,7 +84,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             bias=bias,
             batch_first=False,
             dropout=0.0,
-            training=False,
+            training=self.training,
             single_step=True,
         )
         drop = 1 if batched else 2
@@ -88,6 +92,34 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
         # No views, whose detach_() would be refused: loops over steps cut their graph so.
         return tuple([torch.ops.aten._unsafe_view(state, state.shape[drop:]) for state in states])
+
+    def _become(self, cell: str) -> None:
+        """A cell with options, and the weight that it may have besides torch.nn's."""
+        self._cell, spec = cell, spec_of(cell)
+        if spec.rows:
+            like = self.weight_ih
+            own = torch.nn.Parameter(like.new_empty((spec.rows, self.hidden_size)))
+            self.register_parameter(spec.parameters_name, own)
+            torch.nn.init.uniform_(own, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+    def _own(self, spec: CellSpec) -> list[Tensor]:
+        return [getattr(self, spec.parameters_name)] if spec.rows else []
+
+    # Only a cell that was told otherwise has attributes of its own: the others have torch.nn's.
+    zoneout: Any = 0.0
+    _options: tuple[str, ...] = ("zoneout",)
+
+    def _set_options(self, cell: str, **options: Any) -> None:
+        for name, value in options.items():
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+                self._cell = cell
+        if hasattr(self, "_cell"):
+            self._become(cell)
+
+    def extra_repr(self) -> str:
+        own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]
+        return ", ".join([super().extra_repr(), *own])
 
     def _weights(self) -> list[Tensor | None]:
         # Looked up where parameters are first: Module.__getattr__ is slow at this scale. What a
@@ -127,6 +159,7 @@ class RNNCell(_Cell):
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         device, dtype: of the parameters.
+        zoneout: as for :class:`fastcell.RNN`, drawn in each call.
 
     Call: ``h_1 = cell(input, h_0=None)``.
         input: (B, I) or (I,).
@@ -149,9 +182,13 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity
+        if zoneout:
+            self._set_options(rnn_cell(nonlinearity, zoneout), zoneout=zoneout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if input.dim() not in (1, 2):
@@ -160,7 +197,8 @@ class RNNCell(_Cell):
             _refuse_rank("RNNCell", "hidden", hx.dim())
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
+        cell = self.__dict__.get("_cell") or "rnn_" + self.nonlinearity
+        return self._step(cell, input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):
@@ -170,6 +208,8 @@ class LSTMCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
+        peephole, coupled, activation, output_activation, cell_clip, zoneout: as for
+            :class:`fastcell.LSTM`; the peepholes are ``weight_peephole``.
 
     Call: ``h_1, c_1 = cell(input, (h_0, c_0)=None)``.
         input: (B, I) or (I,).
@@ -188,8 +228,32 @@ class LSTMCell(_Cell):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        coupled: bool = False,
+        activation: str = "tanh",
+        output_activation: str = "tanh",
+        cell_clip: float | None = None,
+        zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+        cell = lstm_cell(
+            peephole, coupled, activation=activation, output_activation=output_activation,
+            clip=cell_clip, zoneout=zoneout,
+        )  # fmt: skip
+        super().__init__(input_size, hidden_size, bias, spec_of(cell).gates, device, dtype)
+        self._set_options(
+            cell, peephole=peephole, coupled=coupled, activation=activation,
+            output_activation=output_activation, cell_clip=cell_clip, zoneout=zoneout,
+        )  # fmt: skip
+
+    peephole: bool = False
+    coupled: bool = False
+    activation: str = "tanh"
+    output_activation: str = "tanh"
+    cell_clip: float | None = None
+    _options = (
+        "peephole", "coupled", "activation", "output_activation", "cell_clip", "zoneout",
+    )  # fmt: skip
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -207,24 +271,25 @@ class LSTMCell(_Cell):
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
             hx = (hx[0], hx[1])
-        h, c = self._step("lstm", input, hx)
+        h, c = self._step(self.__dict__.get("_cell") or "lstm", input, hx)
         return h, c
 
 
 class GRUCell(_Cell):
-    """One step of a gated recurrent unit, gates in the order r, z, n, reset after the product.
+    """One step of a gated recurrent unit, gates in the order r, z, n.
 
     Drop-in for torch.nn.GRUCell.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
+        reset_after, activation, zoneout: as for :class:`fastcell.GRU`.
 
     Call: ``h_1 = cell(input, h_0=None)``, shapes as for :class:`RNNCell`.
 
     Raises:
         ValueError, RuntimeError: as torch.nn.GRUCell, with the same messages.
 
-    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    Source: K. Cho et al., arXiv:1406.1078 (2014).
     """
 
     def __init__(
@@ -234,12 +299,26 @@ class GRUCell(_Cell):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        activation: str = "tanh",
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+        self._set_options(
+            gru_cell(reset_after, activation=activation, zoneout=zoneout),
+            reset_after=reset_after, activation=activation, zoneout=zoneout,
+        )  # fmt: skip
+
+    reset_after: bool = True
+    activation: str = "tanh"
+    _options = ("reset_after", "activation", "zoneout")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if input.dim() not in (1, 2):
             _refuse_rank("GRUCell", "input", input.dim())
         if hx is not None and hx.dim() not in (1, 2):
             _refuse_rank("GRUCell", "hidden", hx.dim())
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+        return self._step(
+            self.__dict__.get("_cell") or "gru", input, None if hx is None else (hx,)
+        )[0]

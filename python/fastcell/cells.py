@@ -24,6 +24,7 @@ class CellSpec:
         parameters: vectors (H) that the cell has besides its matrices and biases, as the rows of
             one more weight, the last of its layer and direction.
         parameters_name: of that weight.
+        second: how many gates, the last ones, have a recurrent product with what the others make.
         recurrent: whether there is a matrix ``weight_hh``; else those vectors are in its place.
         autocast: whether a whole layer runs in the autocast dtype on a CPU, as torch.nn's does.
         autocast_cell: the same for the single-step module.
@@ -38,6 +39,7 @@ class CellSpec:
     parameters: int = 0
     parameters_name: str = ""
     recurrent: bool = True
+    second: int = 0
 
     @property
     def rows(self) -> int:
@@ -94,6 +96,7 @@ CELLS: dict[str, CellSpec] = {
         *_lstms(),
         CellSpec("gru", 3, 1, autocast=False),
         CellSpec("gru_general", 3, 1, autocast=False),
+        CellSpec("gru_before", 3, 1, autocast=False, second=1),
     )
 }
 
@@ -208,9 +211,10 @@ def lstm_cell(peephole: bool = False, coupled: bool = False, **options: Any) -> 
     return with_options(cell, checked_options(cell, **options))
 
 
-def gru_cell(**options: Any) -> str:
+def gru_cell(reset_after: bool = True, **options: Any) -> str:
     """The name of a GRU's cell; ``options``: those of ``checked_options``."""
-    return with_options("gru", checked_options("gru", **options))
+    cell = "gru" if reset_after else "gru_before"
+    return with_options(cell, checked_options(cell, **options))
 
 
 def weights_per_direction(

@@ -86,6 +86,15 @@ def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options
     return ((1 - z) * n + z * state[0],)
 
 
+def _gru_before(x: Tensor, h: Tensor, state: States, options: Options, part: _Part) -> States:
+    r, z = torch.sigmoid(x[..., : h.shape[-1]] + h).chunk(2, -1)
+    rows = h.shape[-1]
+    seen = _seen(part, state[0])
+    b_hh = None if part.b_hh is None else part.b_hh[rows:]
+    n = _ACTIVATIONS[options.activation](x[..., rows:] + linear(r * seen, part.w_hh[rows:], b_hh))
+    return ((1 - z) * n + z * state[0],)
+
+
 # (input term, recurrent term, previous states, the cell's own vectors, options) -> new states; each
 # term includes its bias.
 _STEPS: dict[str, Step] = {
@@ -113,11 +122,18 @@ class _Part(NamedTuple):
     extras: Extras
 
 
-def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
+def _seen(part: _Part, h: Tensor) -> Tensor:
+    """What the recurrent product takes of h."""
     factors = part.extras.recurrent
-    if factors is not None:
-        h = h * factors[part.number, : h.shape[0]]
-    if spec_of(part.cell).recurrent:
+    return h if factors is None else h * factors[part.number, : h.shape[0]]
+
+
+def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
+    h, spec = _seen(part, h), spec_of(part.cell)
+    if spec.second:  # not of the gates whose product comes later
+        rows = part.w_hh.shape[0] // spec.gates * (spec.gates - spec.second)
+        return linear(h, part.w_hh[:rows], None if part.b_hh is None else part.b_hh[:rows])
+    if spec.recurrent:
         return linear(h, part.w_hh, part.b_hh)
     return h * part.w_hh if part.b_hh is None else h * part.w_hh + part.b_hh
 
@@ -143,10 +159,12 @@ def _direction(
     state: States,
     reverse: bool,
     lengths: Tensor | None,
+    cells: list[Tensor] | None,
 ) -> tuple[Tensor, States]:
     """One layer in one direction; ``projected[t]`` holds the rows alive at step t (a prefix).
 
-    ``lengths``: instead, all rows are there, and each sample's steps are as many.
+    ``lengths``: instead, all rows are there, and each sample's steps are as many. ``cells``: to be
+    appended c of all rows.
     """
     name, options = spec_of(part.cell).name, options_of(part.cell)
     step = _STEPS.get(name, _lstm_variant)
@@ -155,6 +173,7 @@ def _direction(
     first = [0, *accumulate(alive)]
     reset = None if part.extras.reset is None else part.extras.reset.reshape(-1)
     outputs: list[Tensor] = [projected[0]] * steps
+    seconds: list[Tensor] = [projected[0]] * steps
     # A sample whose sequence has ended keeps its state behind those still running.
     for t in reversed(range(steps)) if reverse else range(steps):
         n = alive[t]
@@ -162,21 +181,25 @@ def _direction(
         if reset is not None:
             anew = reset[first[t] : first[t] + n, None]
             current = tuple(s.masked_fill(anew, 0) for s in current)
-        new = step(
-            projected[t], _recurrent_term(part, current[0]), current, part.parameters, options
-        )
+        term = _recurrent_term(part, current[0])
+        if name == "gru_before":
+            new = _gru_before(projected[t], term, current, options, part)
+        else:
+            new = step(projected[t], term, current, part.parameters, options)
         new = _zoned(part, first[t], current, new)
         if part.w_hr is not None:
             new = (linear(new[0], part.w_hr), *new[1:])
-        outputs[t] = new[0]
+        outputs[t], seconds[t] = new[0], new[-1]
         if lengths is not None:
             runs = (t < lengths)[:, None]
-            outputs[t] = new[0].where(runs, 0)
+            outputs[t], seconds[t] = new[0].where(runs, 0), new[-1].where(runs, 0)
             state = tuple(a.where(runs, b) for a, b in zip(new, state, strict=True))
         elif n == state[0].shape[0]:
             state = new
         else:
             state = tuple(torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True))
+    if cells is not None:
+        cells.append(torch.cat(seconds))
     return torch.cat(outputs), state
 
 
@@ -202,17 +225,19 @@ def sequence(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     extras: Extras,
+    cells: list[Tensor] | None = None,
 ) -> tuple[Tensor, States]:
     """The stack on ``input`` (T, B, I) (``batch_first``: (B, T, I); packed: (rows, I)).
 
-    ``batch_sizes``: of packed input, or of padded input the lengths of its samples.
+    ``batch_sizes``: of packed input, or of padded input the lengths of its samples. ``cells``: to
+    be filled with c of all rows (t, b), for each layer and direction.
 
     Returns the output in the input's layout and the final states, each (L*D, B, .).
     """
     if hx is None:
         hx = zero_states(config, input, weights, batch_sizes)
     with without_autocast(input):
-        return _sequence(config, input, hx, weights, batch_sizes, extras)
+        return _sequence(config, input, hx, weights, batch_sizes, extras, cells)
 
 
 def _sequence(
@@ -222,6 +247,7 @@ def _sequence(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     extras: Extras,
+    cells: list[Tensor] | None = None,
 ) -> tuple[Tensor, States]:
     num_layers, bias, batch_first = config.num_layers, config.bias, config.batch_first
     directions = 2 if config.bidirectional else 1
@@ -263,6 +289,7 @@ def _sequence(
                 tuple(h[k] for h in hx),
                 reverse=direction == 1,
                 lengths=lengths,
+                cells=cells,
             )
             outputs.append(out)
             finals.append(final)

@@ -164,11 +164,13 @@ def backward(
     needs: Sequence[bool],
     d_x: Tensor | None = None,
     add_to: Sequence[Tensor | None] | None = None,
+    d_cells: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
 
     ``reserve`` is what ``forward`` kept for the other arguments. ``d_x``: where to write the
-    input's gradient; ``add_to``: gradients of the weights, to be added to.
+    input's gradient; ``add_to``: gradients of the weights, to be added to; ``d_cells``: that of
+    ``cells``.
     """
     stack = plan_for(config, x, weights).stack
     hx = () if hx is None else [dense(h) for h in hx]
@@ -204,6 +206,10 @@ def backward(
         return grads
 
     pointers, _kept = _pointers(extras)
+    cell_rows = None
+    if d_cells is not None:
+        turned = d_cells.transpose(0, 1) if config.batch_first and x.dim() == 3 else d_cells
+        cell_rows = dense(turned.reshape(rows, -1))
     # None also stands for a second state that the cell does not have.
     d_states = [None if g is None else dense(g) for g in grad_states]
     d_h_final, d_c_final = (*d_states, None)[:2]
@@ -241,6 +247,7 @@ def backward(
         d_x_step,
         d_x_row,
         add_to is not None,
+        0 if cell_rows is None else cell_rows.data_ptr(),
         threads,
     )
     return grads
@@ -266,6 +273,22 @@ def _gradients_of_nothing(
     for grad, given in zip(d_hx, grad_states, strict=False):
         if grad is not None and given is not None:
             grad.copy_(given)
+
+
+def cells(config: Config, x: Tensor, weights: Sequence[Tensor], reserve: Tensor) -> Tensor:
+    """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept."""
+    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    parts = [
+        reserve[begin : begin + rows * width].view(rows, width)
+        for begin, width in plan_for(config, x, weights).stack.cells_at(rows)
+    ]
+    found = torch.cat(parts, 1)
+    if x.dim() == 2:
+        return found
+    first, second = x.shape[:2]
+    if config.batch_first:
+        return found.view(second, first, -1).transpose(0, 1).contiguous()
+    return found.view(first, second, -1)
 
 
 def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: Any) -> Tensor:

@@ -36,10 +36,10 @@ States: TypeAlias = tuple[Tensor, ...]
 # Called with (input, states, batch_sizes) where a size or the dtype is not the expected one. It
 # raises in its owner's words, or returns where the difference is allowed (autocast).
 Refuse: TypeAlias = Callable[[Tensor, States | None, Tensor | None], None]
-# Runs what is not torch's weights: called with (cell, input, states, batch_sizes, steps) once the
-# sizes are known to be right.
+# Runs what is no plain stack of torch's weights: called with (cell, input, states, batch_sizes,
+# steps, reset) once the sizes are known to be right.
 Launch: TypeAlias = Callable[
-    [str, Tensor, States | None, Tensor | None, int], tuple[Tensor, States]
+    [str, Tensor, States | None, Tensor | None, int, Tensor | None], tuple[Tensor, States]
 ]
 
 
@@ -60,7 +60,9 @@ class Stack(Protocol):
 
 
 @dataclass
-class _Stack:
+class Sizes:
+    """A :class:`Stack` of its own."""
+
     input_size: int
     hidden_size: int
     proj_size: int
@@ -296,19 +298,23 @@ def gru(
     recompute: bool = False,
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
+    reset_after: bool = True,
     activation: str = "tanh",
 ) -> tuple[In, Tensor]:
-    """Gated recurrent units in layers, gates in the order r, z, n, reset after the product.
+    """Gated recurrent units in layers, gates in the order r, z, n.
+
+    The reset gate comes after the product with h_{t-1}, n = tanh(W x + b + r * (U h + b_h)); with
+    ``reset_after=False`` before it, n = tanh(W x + b + U (r * h) + b_h).
 
     Arguments, shapes, results and errors are those of :func:`rnn`, except that ``weight_ih`` is
     (3*H, I) (above the first layer (3*H, D*H)), ``weight_hh`` (3*H, H) and each bias (3*H,), and
     ``activation`` is n's, as for :func:`lstm`.
 
-    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    Source: K. Cho et al. (2014), where the reset gate comes before the product; after it in cuDNN.
     """
     output, states = _run(
-        gru_cell(activation=activation, zoneout=zoneout), input, None if hx is None else (hx,),
-        weights, batch_sizes,
+        gru_cell(reset_after, activation=activation, zoneout=zoneout), input,
+        None if hx is None else (hx,), weights, batch_sizes,
         num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
         recurrent_dropout, lengths, reset,
     )  # fmt: skip
@@ -360,7 +366,7 @@ def _run(
         raise RuntimeError(
             f"Expected weight_ih and weight_hh of 2 dimensions, got {w_ih.dim()} and {w_hh.dim()}"
         )
-    stack = _Stack(
+    stack = Sizes(
         w_ih.shape[1], w_ih.shape[0] // spec.gates, w_hh.shape[1] if projected else 0,
         num_layers, bias, batch_first, dropout, bidirectional, training, recompute,
         checked_probability("recurrent_dropout", recurrent_dropout),
@@ -431,7 +437,7 @@ def run_stack(
     ``launch`` that is what runs, and refuses all but sizes itself; ``weights`` are not looked at.
     """
     if lengths is not None:
-        return _run_lengths(layer, cell, input, states, weights, refuse, lengths, reset)
+        return _run_lengths(layer, cell, input, states, weights, refuse, launch, lengths, reset)
     if isinstance(input, PackedSequence):
         return _run_packed(layer, cell, input, states, weights, refuse, launch, reset)
     rank = input.dim()
@@ -444,7 +450,7 @@ def run_stack(
         if layer.batch_first:
             steps, batch = batch, steps
         if reset is not None:
-            reset = _checked_reset(reset, input, layer.batch_first)
+            reset = checked_reset(reset, input, layer.batch_first)
         return _launch(
             layer, cell, input, states, weights, None, steps, batch, refuse, launch, reset
         )
@@ -472,7 +478,7 @@ def _run_unbatched(
     at = 0 if layer.batch_first else 1
     steps = input.shape[0]
     if reset is not None:
-        reset = _checked_reset(reset, input, False)[:, None]
+        reset = checked_reset(reset, input, False)[:, None]
     output, states = _launch(
         layer, cell, input.unsqueeze(at), states, weights, None, steps, 1, refuse, launch, reset
     )
@@ -512,7 +518,7 @@ def _run_packed(
             states = _zeros(layer, cell, data, batch)
     if reset is not None:
         rows = reset.data if isinstance(reset, PackedSequence) else reset
-        reset = _checked_reset(rows, data, False)
+        reset = checked_reset(rows, data, False)
     output, states = _launch(
         layer, cell, data, states, weights, batch_sizes, steps, batch, refuse, launch, reset
     )
@@ -528,6 +534,7 @@ def _run_lengths(
     states: States | None,
     weights: Sequence[Tensor],
     refuse: Refuse,
+    launch: Launch | None,
     lengths: Tensor,
     reset: Sequences | None,
 ) -> tuple[Tensor, States]:
@@ -541,7 +548,7 @@ def _run_lengths(
         steps, batch = batch, steps
     lengths = checked_lengths(lengths, batch, steps)
     if reset is not None:
-        reset = _checked_reset(reset, input, layer.batch_first)
+        reset = checked_reset(reset, input, layer.batch_first)
     if not lengths.is_cpu:
         if lengths.device != input.device:
             raise RuntimeError(
@@ -549,18 +556,20 @@ def _run_lengths(
                 f"{input.device}"
             )
         return _launch(
-            layer, cell, input, states, weights, lengths, steps, batch, refuse, None, reset
+            layer, cell, input, states, weights, lengths, steps, batch, refuse, launch, reset
         )
     if bool((lengths == steps).all()):
-        return _launch(layer, cell, input, states, weights, None, steps, batch, refuse, None, reset)
-    wrong_dtype = input.dtype != weights[0].dtype
+        return _launch(
+            layer, cell, input, states, weights, None, steps, batch, refuse, launch, reset
+        )
+    wrong_dtype = launch is None and input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
     if states is None:
         states = _zeros(layer, cell, input, batch)
     if not lengths.any():
         # A call of which nothing is used: dtypes and graph are those of any other call.
         output, finals = _launch(
-            layer, cell, _nothing_of(input), states, weights, None, steps, batch, refuse, None
+            layer, cell, _nothing_of(input), states, weights, None, steps, batch, refuse, launch
         )
         kept = [s.to(f.dtype) + _nothing_of(f) for s, f in zip(states, finals, strict=True)]
         return _nothing_of(output), tuple(kept)
@@ -571,13 +580,13 @@ def _run_lengths(
         alive = int(batch_sizes[0])
         count = batch_sizes.shape[0]
         return _launch(
-            layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, None, reset
+            layer, cell, rows, states, weights, batch_sizes, count, alive, refuse, launch, reset
         )
 
     return run_ragged(input, states, lengths, layer.batch_first, reset, run)
 
 
-def _checked_reset(reset: Sequences, input: Tensor, batch_first: bool) -> Tensor:
+def checked_reset(reset: Sequences, input: Tensor, batch_first: bool) -> Tensor:
     """``reset`` in the order of time, (T, B), after refusing what does not fit the input."""
     if not isinstance(reset, Tensor):
         raise TypeError(
@@ -655,7 +664,7 @@ def _launch(
     wrong_dtype = launch is None and input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, batch_sizes, refuse, wrong_dtype)
     if launch is not None:
-        return launch(cell, input, states, batch_sizes, steps)
+        return launch(cell, input, states, batch_sizes, steps, reset)
 
     check_tensors(
         input, states, weights, steps, spec,

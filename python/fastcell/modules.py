@@ -9,11 +9,14 @@ every subclass of those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from . import ops
 from .cells import (
     cell_of,
     checked_probability,
@@ -24,9 +27,19 @@ from .cells import (
     rnn_cell,
     spec_of,
 )
-from .checks import autocast_enabled
-from .functional import Sequences, States, run_stack, two_states
+from .checks import autocast_enabled, check_tensors
+from .functional import (
+    Sequences,
+    Sizes,
+    States,
+    checked_reset,
+    refuse_sizes,
+    run_stack,
+    two_states,
+)
 from .packing import clear_packed_weights
+from .ragged import checked_lengths
+from .skip import run_delayed
 from .small import Small
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN", "LeakyRNN"]
@@ -54,11 +67,15 @@ class _Layer(Swappable, torch.nn.RNNBase):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     zoneout: Any = 0.0
+    skip: int = 1
 
     def _set_options(self, cell: str | None = None, **options: Any) -> None:
         """Attributes for what differs from the class's own, and the cell, if it has a name."""
         for name in ("recurrent_dropout", "weight_dropout"):
             checked_probability(name, options.get(name, 0.0))
+        skip = options.get("skip", 1)
+        if type(skip) is not int or skip < 1:
+            raise ValueError(f"skip must be a positive number of steps, got {skip!r}")
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
@@ -69,7 +86,9 @@ class _Layer(Swappable, torch.nn.RNNBase):
         own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]
         return ", ".join([super().extra_repr(), *own])
 
-    _options: tuple[str, ...] = ("zoneout", "recurrent_dropout", "weight_dropout", "recompute")
+    _options: tuple[str, ...] = (
+        "zoneout", "recurrent_dropout", "weight_dropout", "skip", "recompute",
+    )  # fmt: skip
 
     def flatten_parameters(self) -> None:
         """Kept for programs that call it; the kernels pack weights themselves."""
@@ -154,6 +173,8 @@ class _Layer(Swappable, torch.nn.RNNBase):
             if found is not None:
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
+        if self.skip > 1:
+            return self._run_delayed(cell, input, states, lengths, reset, self._dropped(weights))
         result = run_stack(
             self, cell, input, states, self._dropped(weights), self._refuse, lengths=lengths,
             reset=reset,
@@ -165,6 +186,105 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 small = self.__dict__["_small"] = Small()
             small.note(self, cell, input, weights)
         return result
+
+    def _run_all(
+        self,
+        cell: str,
+        input: Sequences,
+        states: States | None,
+        lengths: Tensor | None,
+        reset: Sequences | None,
+    ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
+        """Output, final states, and of each kind of state all: (L*D, T, B, .)."""
+        if self.skip > 1:
+            raise ValueError("return_states does not go with skip, whose layers run by phases")
+        weights = self._dropped(self._weights())
+        directions = 2 if self.bidirectional else 1
+
+        def launch(
+            cell: str,
+            input: Tensor,
+            states: States | None,
+            batch_sizes: Tensor | None,
+            steps: int,
+            reset: Tensor | None,
+        ) -> tuple[Tensor, States]:
+            check_tensors(
+                input, states, weights, steps, spec_of(cell), self.input_size, self.hidden_size,
+                self.proj_size, self.num_layers, directions, self.bias,
+            )  # fmt: skip
+            return ops.all_states(
+                cell, input, states, weights, batch_sizes, num_layers=self.num_layers,
+                bidirectional=self.bidirectional, batch_first=self.batch_first,
+                dropout=self.dropout, training=self.training, bias=self.bias,
+                recurrent_dropout=self.recurrent_dropout, reset=reset,
+            )  # fmt: skip
+
+        wide, finals = run_stack(
+            self, cell, input, states, weights, self._refuse, launch, lengths=lengths, reset=reset
+        )
+        count = self.num_layers * directions
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: len(finals)]
+
+        def split(wide: Tensor) -> tuple[Tensor, list[Tensor]]:
+            kinds = wide.split([count * n for n in sizes], -1)  # type: ignore[no-untyped-call]
+            whole = [k.unflatten(-1, (count, n)) for k, n in zip(kinds, sizes, strict=True)]
+            output = whole[0][..., -directions:, :].flatten(-2)
+            return output, [k.movedim(-2, 0) for k in whole]
+
+        if isinstance(wide, Tensor):
+            output, all_states = split(wide)
+            return output, finals, tuple(all_states)
+        # Of a PackedSequence: its rows.
+        data, batch_sizes, order, back = wide
+        output, all_states = split(data)
+        packed = PackedSequence(output, batch_sizes, order, back)
+        return packed, finals, tuple(all_states)
+
+    def _run_delayed(
+        self,
+        cell: str,
+        input: Sequences,
+        states: States | None,
+        lengths: Tensor | None,
+        reset: Sequences | None,
+        weights: list[Tensor],
+    ) -> tuple[Tensor, States]:
+        """A call with ``skip``: the states are those of the ``skip`` steps before."""
+        if not isinstance(input, Tensor) or not isinstance(reset, Tensor | None):
+            raise ValueError("skip goes with padded input, and lengths: got a PackedSequence")
+        if reset is not None and self.bidirectional:
+            raise ValueError("with skip, reset goes with one direction")
+        if input.dim() not in (2, 3):
+            raise ValueError(f"Expected input to be 2D or 3D, got {input.dim()}D")
+        sizes = Sizes(**{field.name: getattr(self, field.name) for field in fields(Sizes)})
+        sizes.batch_first = False
+        batched = input.dim() == 3
+        # Time first, with a batch.
+        turned = batched and self.batch_first
+
+        def timed(t: Tensor) -> Tensor:
+            return t.transpose(0, 1) if turned else t if batched else t.unsqueeze(1)
+
+        def run(
+            input: Tensor, states: States | None, lengths: Tensor | None, reset: Tensor | None
+        ) -> tuple[Tensor, States]:
+            def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
+                refuse_sizes(sizes, input, states or (), None)
+
+            found = run_stack(
+                sizes, cell, input, states, weights, refuse, lengths=lengths, reset=reset
+            )
+            return cast(tuple[Tensor, States], found)
+
+        if lengths is not None:
+            steps, batch = timed(input).shape[:2]
+            lengths = checked_lengths(lengths, batch, steps)
+        output, states = run_delayed(
+            self.skip, 2 if self.bidirectional else 1, timed(input), states, lengths,
+            None if reset is None else timed(checked_reset(reset, input, False)), run,
+        )  # fmt: skip
+        return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
 
     def _draws(self, cell: str) -> bool:
         """Whether a call in training draws random numbers for its steps."""
@@ -178,7 +298,49 @@ class _Layer(Swappable, torch.nn.RNNBase):
             self.check_forward_args(input, states[0], batch_sizes)
 
 
-class RNN(_Layer):
+class _HiddenLayer(_Layer):
+    """A layer whose one state is h."""
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+        return_states: Literal[False] = False,
+    ) -> tuple[Sequences, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+        return_states: Literal[True],
+    ) -> tuple[Sequences, Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        given = None if hx is None else (hx,)
+        if return_states:
+            output, (h,), (all_h,) = self._run_all(cell_of(self), input, given, lengths, reset)
+            return output, h, all_h
+        output, states = self._run(cell_of(self), input, given, lengths, reset)
+        return output, states[0]
+
+
+class RNN(_HiddenLayer):
     """A stack of Elman layers, h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
     Drop-in for torch.nn.RNN.
@@ -193,15 +355,29 @@ class RNN(_Layer):
         dropout: probability of dropping an element between layers, in training.
         bidirectional: a second direction, backwards in time, concatenated; D = 2, else 1.
         device, dtype: of the parameters.
+        zoneout: probability with which a unit keeps its h for a step, drawn in training for each
+            step; else h is the expectation of that (Krueger et al. 2016).
+        recurrent_dropout: probability with which, in training, the recurrent product does not see a
+            unit, the same ones in all steps of a sample (Gal and Ghahramani 2016).
+        weight_dropout: the same for single weights ``weight_hh_l*``, in all samples and steps of a
+            call (DropConnect; Merity et al. 2017).
+        skip: the delay d of the recurrent links: h_t sees h_{t-d} in place of h_{t-1} (dilated;
+            Chang et al. 2017). The states, given and returned, are then those of d steps, oldest
+            first (of the reverse direction nearest first): (L*D, d*B, H). Not for packed input.
         recompute: train with O(sqrt(T)) memory: a backward pass computes again what it needs, in
             segments of the sequence, which takes another forward pass. Also an attribute. With two
             directions the layers' outputs are kept, and input is not packed. Has no effect under
             torch.compile and torch.func, and with dropout draws other masks than without.
 
-    Call: ``output, h_n = layer(input, h_0=None, *, lengths=None)``.
+    Call: ``output, h_n = layer(input, h_0=None, *, lengths=None, reset=None)``.
         input: (T, B, I), (T, I) without a batch, or a PackedSequence.
         lengths: (B,) integers, the steps of each sample of a padded batch, in any order, on the CPU
             or the input's device: the result is that of a PackedSequence, padded with zeros.
+        reset: bool (T, B), with ``batch_first`` (B, T), without a batch (T,), or a PackedSequence:
+            the steps before which a sample's states become zero, where no gradient passes, as at
+            the ends of episodes.
+        return_states: also return every h_t, (L*D, T, B, H) (L*D first in any layout; of a
+            PackedSequence (L*D, rows, H)), differentiable, as a third result.
         h_0, h_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
         output: (T, B, D*H), in the input's layout.
 
@@ -232,6 +408,7 @@ class RNN(_Layer):
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
         ) -> None: ...
 
     else:
@@ -243,6 +420,7 @@ class RNN(_Layer):
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
             **kwargs: Any,
         ) -> None:
             _refuse_projection(kwargs)
@@ -255,23 +433,13 @@ class RNN(_Layer):
             self.nonlinearity = nonlinearity
             self._set_options(
                 cell if zoneout else None, recompute=recompute, zoneout=zoneout,
-                recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+                recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout, skip=skip,
             )  # fmt: skip
 
-    def forward(
-        self,
-        input: Sequences,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Sequences | None = None,
-    ) -> tuple[Sequences, Tensor]:
+    def _run(self, *args: Any) -> tuple[Sequences, States]:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        output, states = self._run(
-            cell_of(self), input, None if hx is None else (hx,), lengths, reset
-        )
-        return output, states[0]
+        return super()._run(*args)
 
 
 class LeakyRNN(RNN):
@@ -313,6 +481,7 @@ class LeakyRNN(RNN):
             recompute: bool = False,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
         ) -> None: ...
 
     else:
@@ -356,7 +525,7 @@ class LeakyRNN(RNN):
         return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")
 
 
-class IndRNN(_Layer):
+class IndRNN(_HiddenLayer):
     """A stack of independent units, h_t = phi(W_ih x_t + b_ih + w_hh h_{t-1} + b_hh).
 
     w_hh is a number per unit: a unit sees its own past alone, and others in the layer above. With
@@ -396,6 +565,7 @@ class IndRNN(_Layer):
         recompute: bool = False,
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
+        skip: int = 1,
     ) -> None:
         cell = independent_cell(nonlinearity, zoneout)
         super().__init__(
@@ -403,7 +573,9 @@ class IndRNN(_Layer):
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
-        self._set_options(cell, recompute=recompute, zoneout=zoneout, weight_dropout=weight_dropout)
+        self._set_options(
+            cell, recompute=recompute, zoneout=zoneout, weight_dropout=weight_dropout, skip=skip
+        )
 
     _options = ("nonlinearity", *_Layer._options)
 
@@ -412,19 +584,6 @@ class IndRNN(_Layer):
         super().reset_parameters()
         for own in self._all_weights:
             torch.nn.init.uniform_(self.get_parameter(own[1]))
-
-    def forward(
-        self,
-        input: Sequences,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Sequences | None = None,
-    ) -> tuple[Sequences, Tensor]:
-        output, states = self._run(
-            cell_of(self), input, None if hx is None else (hx,), lengths, reset
-        )
-        return output, states[0]
 
 
 class LSTM(_Layer):
@@ -442,9 +601,17 @@ class LSTM(_Layer):
             The parameters ``weight_peephole_l*`` (3, H) hold the rows i, f, o.
         coupled: f = 1 - i: forgets only where it writes. There are three gates, i, g, o: the
             other parameters have 3*H rows, and peepholes two, i and o.
+        activation, output_activation: in place of tanh for g, and for c before the output gate:
+            ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or ``"elu"``.
+        cell_clip: bound on the arguments of all activations, c's included (not on c itself), as
+            ONNX's ``clip``; None for none.
+        zoneout: as for :class:`RNN`, of h and c, or a pair for each; with ``proj_size`` of c alone,
+            ``(0, p)``.
+        recurrent_dropout, weight_dropout: as for :class:`RNN`.
 
-    Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None)``.
-        input, lengths: as for :class:`RNN`.
+    Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None, reset=None)``.
+        input, lengths, reset: as for :class:`RNN`.
+        return_states: also return every h_t and c_t, as for :class:`RNN`, as a pair.
         h_0, h_n: (L*D, B, P), without a batch (L*D, P); zeros if not given.
         c_0, c_n: (L*D, B, H), without a batch (L*D, H); zeros if not given.
         output: (T, B, D*P), in the input's layout.
@@ -481,6 +648,7 @@ class LSTM(_Layer):
             zoneout: float | tuple[float, float] = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
         ) -> None: ...
 
     else:
@@ -497,6 +665,7 @@ class LSTM(_Layer):
             zoneout: float | tuple[float, float] = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
             **kwargs: Any,
         ) -> None:
             super().__init__("LSTM", *args, **kwargs)
@@ -508,7 +677,7 @@ class LSTM(_Layer):
                 None if cell == "lstm" else cell, recompute=recompute, peephole=peephole,
                 coupled=coupled, activation=activation, output_activation=output_activation,
                 cell_clip=cell_clip, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
-                weight_dropout=weight_dropout,
+                weight_dropout=weight_dropout, skip=skip,
             )  # fmt: skip
 
     peephole: bool = False
@@ -538,6 +707,7 @@ class LSTM(_Layer):
         else:
             self.check_forward_args(input, states, batch_sizes)
 
+    @overload
     def forward(
         self,
         input: Sequences,
@@ -545,28 +715,55 @@ class LSTM(_Layer):
         *,
         lengths: Tensor | None = None,
         reset: Sequences | None = None,
-    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, (h, c) = self._run(
-            cell_of(self), input, None if hx is None else two_states(hx), lengths, reset
-        )
+        return_states: Literal[False] = False,
+    ) -> tuple[Sequences, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Sequences,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+        return_states: Literal[True],
+    ) -> tuple[Sequences, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Sequences | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        given = None if hx is None else two_states(hx)
+        if return_states:
+            return self._run_all(cell_of(self), input, given, lengths, reset)
+        output, (h, c) = self._run(cell_of(self), input, given, lengths, reset)
         return output, (h, c)
 
 
-class GRU(_Layer):
-    """A stack of gated recurrent units, gates in the order r, z, n, reset after the product.
+class GRU(_HiddenLayer):
+    """A stack of gated recurrent units, gates in the order r, z, n.
 
     Drop-in for torch.nn.GRU.
 
     Args:
+        reset_after: whether the reset gate comes after the product with h_{t-1}, as in torch and
+            cuDNN, n = tanh(W x + b + r * (U h + b_h)), or before it, as in the original,
+            n = tanh(W x + b + U (r * h) + b_h).
+        activation: n's, in place of tanh; as for :class:`LSTM`.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, recompute: as for :class:`RNN`.
+            dtype, zoneout, recurrent_dropout, weight_dropout, recompute: as for :class:`RNN`.
 
-    Call: ``output, h_n = layer(input, h_0=None, *, lengths=None)``, shapes as for :class:`RNN`.
+    Call: as :class:`RNN`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as torch.nn.GRU, with the same messages.
 
-    Source: K. Cho et al. (2014), in the variant of cuDNN: n = tanh(W x + b + r * (U h + b_h)).
+    Source: K. Cho et al., arXiv:1406.1078 (2014).
     """
 
     if TYPE_CHECKING:
@@ -584,10 +781,12 @@ class GRU(_Layer):
             dtype: torch.dtype | None = None,
             *,
             recompute: bool = False,
+            reset_after: bool = True,
             activation: str = "tanh",
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
         ) -> None: ...
 
     else:
@@ -596,36 +795,26 @@ class GRU(_Layer):
             self,
             *args: Any,
             recompute: bool = False,
+            reset_after: bool = True,
             activation: str = "tanh",
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            skip: int = 1,
             **kwargs: Any,
         ) -> None:
             _refuse_projection(kwargs)
             super().__init__("GRU", *args, **kwargs)
-            cell = gru_cell(activation=activation, zoneout=zoneout)
+            cell = gru_cell(reset_after, activation=activation, zoneout=zoneout)
             self._set_options(
-                None if cell == "gru" else cell, recompute=recompute, activation=activation,
-                zoneout=zoneout, recurrent_dropout=recurrent_dropout,
-                weight_dropout=weight_dropout,
+                None if cell == "gru" else cell, recompute=recompute, reset_after=reset_after,
+                activation=activation, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+                weight_dropout=weight_dropout, skip=skip,
             )  # fmt: skip
 
+    reset_after: bool = True
     activation: str = "tanh"
-    _options = ("activation", *_Layer._options)
-
-    def forward(
-        self,
-        input: Sequences,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Sequences | None = None,
-    ) -> tuple[Sequences, Tensor]:
-        output, states = self._run(
-            cell_of(self), input, None if hx is None else (hx,), lengths, reset
-        )
-        return output, states[0]
+    _options = ("reset_after", "activation", *_Layer._options)
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from torch._compile import _disable_dynamo
 
 from . import composite, operator_checks, operators, transforms, vmap
 from . import recompute as segments
+from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
@@ -137,6 +138,88 @@ def sequence(
     if result_dtype is not None:
         return output.to(result_dtype), tuple([s.to(result_dtype) for s in states])
     return output, tuple(states)
+
+
+def all_states(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``sequence``, layer by layer, and all states: beside each other in place of the output.
+
+    h of all layers, each (T, B, D*P), then, if there is one, c of all layers, each (T, B, D*H).
+    """
+    outputs, cells, finals = [], [], []
+    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
+    for layer in range(num_layers):
+        if layer > 0 and training and dropout > 0:
+            input = torch.nn.functional.dropout(input, dropout)
+        part = slice(layer * directions, (layer + 1) * directions)
+        own_hx = None if hx is None else [h[part] for h in hx]
+        arguments = (input, own_hx, weights[layer * each : (layer + 1) * each], batch_sizes)
+        if spec_of(cell).states == 1:
+            input, states = sequence(
+                cell, *arguments, num_layers=1, bidirectional=bidirectional,
+                batch_first=batch_first, dropout=0.0, training=training, **options,
+            )  # fmt: skip
+        else:
+            input, states, c = _with_cells(
+                cell, *arguments, bidirectional, batch_first, training, **options
+            )
+            cells.append(c)
+        outputs.append(input)
+        finals.append(states)
+    return torch.cat([*outputs, *cells], -1), tuple(
+        [torch.cat(parts) for parts in zip(*finals, strict=True)]
+    )
+
+
+def _with_cells(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+    training: bool,
+    *,
+    bias: bool,
+    recurrent_dropout: float,
+    reset: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    result_dtype = None
+    if torch._C._is_any_autocast_enabled():
+        input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, False)
+    if input.dtype in _NARROW:
+        result_dtype = result_dtype or input.dtype
+        input, hx, weights = _cast(torch.float32, input, hx, weights)
+    config = Config(cell, 1, bidirectional, bias, batch_first)
+    extras = Extras(
+        None,
+        _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
+        if training and recurrent_dropout > 0
+        else None,
+        reset,
+        _seed(input) if training and any(options_of(cell).zoneout) else None,
+    )
+    kernels = route(input, weights) == "kernel" and hasattr(engine_of(input), "cells")
+    output, states, cells = layer_with_cells(
+        config, input, hx, weights, batch_sizes, extras, kernels
+    )
+    if result_dtype is not None:
+        output, cells = output.to(result_dtype), cells.to(result_dtype)
+        states = tuple([s.to(result_dtype) for s in states])
+    return output, states, cells
 
 
 def route(input: Tensor, weights: Sequence[Tensor]) -> str:

@@ -252,7 +252,9 @@ class QuantizedLayer(_Quantized):
         states: States | None,
         batch_sizes: Tensor | None,
         steps: int,
+        reset: Tensor | None,
     ) -> tuple[Tensor, States]:
+        assert reset is None, "forward() takes none"
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         for state in states or ():
