@@ -695,3 +695,74 @@ def test_all_states_compiled_and_narrow():
     layer.to(torch.bfloat16)
     _, _, (h, c) = layer(x.bfloat16(), return_states=True)
     assert (h.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def beside_by_hand(layer, d, x, h, c):
+    """One step at a time of a layer of one direction; h: its d last ones."""
+    outputs, h = [], list(h.unbind(0))
+    gates = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+    for x_t in x:
+        a = torch.nn.functional.linear(h[-d], layer.weight_skip_l0)
+        if isinstance(layer, fastcell.LSTM):
+            a = a + x_t @ gates[0].T + gates[2] + h[-1] @ gates[1].T + gates[3]
+            i, f, g, o = a.chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h.append(torch.sigmoid(o) * torch.tanh(c))
+        else:
+            a = a + x_t @ gates[0].T + gates[2] + h[-1] @ gates[1].T + gates[3]
+            h.append(torch.tanh(a))
+        outputs.append(h[-1])
+    return torch.stack(outputs), torch.stack(h[-d:]), c
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("name", ["RNN", "LSTM"])
+def test_a_delay_beside_the_step_before(name, steps):
+    torch.manual_seed(steps)
+    d, batch = 3, 2
+    layer = getattr(fastcell, name)(4, 5, skip=d, skip_beside=True).double()
+    assert layer.weight_skip_l0.shape == layer.weight_hh_l0.shape
+    x, h = torch.randn(steps, batch, 4).double(), torch.randn(1, d * batch, 5).double()
+    c = torch.randn(1, batch, 5).double()
+    output, final = layer(x, (h, c) if name == "LSTM" else h)
+    wanted, last, c_n = beside_by_hand(layer, d, x, h.view(d, batch, 5), c[0])
+    torch.testing.assert_close(output, wanted)
+    found = final[0] if name == "LSTM" else final
+    torch.testing.assert_close(found.view(d, batch, 5), last)
+    if name == "LSTM":
+        torch.testing.assert_close(final[1][0], c_n)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "IndRNN"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_delay_beside_in_windows_and_stacks(name, bidirectional):
+    layer = getattr(fastcell, name)(
+        4, 5, 2, skip=3, skip_beside=True, bidirectional=bidirectional, batch_first=True
+    ).double()
+    x = torch.randn(2, 10, 4, dtype=torch.float64, requires_grad=True)
+    whole, last = layer(x)
+    (whole.sum() + sum(s.sum() for s in (last if name == "LSTM" else (last,)))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+    if not bidirectional:
+        first, state = layer(x[:, :4])
+        second, end = layer(x[:, 4:], state)
+        torch.testing.assert_close(torch.cat((first, second), 1), whole)
+        torch.testing.assert_close(end, last)
+    again = getattr(fastcell, name)(
+        4, 5, 2, skip=3, skip_beside=True, bidirectional=bidirectional, batch_first=True
+    ).double()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x)[0], whole)
+
+
+def test_a_delay_beside_with_resets():
+    layer = fastcell.GRU(4, 5, skip=3, skip_beside=True).double()
+    x = torch.randn(9, 2, 4).double()
+    reset = torch.zeros(9, 2, dtype=torch.bool)
+    reset[5] = True
+    whole, last = layer(x, reset=reset)
+    torch.testing.assert_close(whole, torch.cat((layer(x[:5])[0], layer(x[5:])[0])))
+    torch.testing.assert_close(last, layer(x[5:])[1])
+    reset[:] = False
+    reset[8] = True
+    torch.testing.assert_close(layer(x, reset=reset)[1], layer(x[8:])[1])

@@ -9,7 +9,7 @@ every subclass of those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -39,7 +39,7 @@ from .functional import (
 )
 from .packing import clear_packed_weights
 from .ragged import checked_lengths
-from .skip import run_delayed
+from .skip import run_beside, run_delayed
 from .small import Small
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN", "LeakyRNN"]
@@ -68,6 +68,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
     weight_dropout: float = 0.0
     zoneout: Any = 0.0
     skip: int = 1
+    skip_beside: bool = False
 
     def _set_options(self, cell: str | None = None, **options: Any) -> None:
         """Attributes for what differs from the class's own, and the cell, if it has a name."""
@@ -79,15 +80,37 @@ class _Layer(Swappable, torch.nn.RNNBase):
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
+        if self.skip_beside and skip < 2:
+            raise ValueError(f"skip_beside=True takes a skip of 2 or more steps, got {skip}")
         if cell is not None:
             self._become(cell)
+        if self.skip_beside:
+            self._add_weights("weight_skip", self._rows(), self._output_size())
+
+    def _add_weights(self, name: str, *shape: int) -> None:
+        """One more weight for each layer and direction, after the others."""
+        like = self.get_parameter(self._all_weights[0][0])
+        bound = self.hidden_size**-0.5
+        for own in self._all_weights:
+            added = name + own[0].removeprefix("weight_ih")
+            parameter = torch.nn.Parameter(like.new_empty(shape))
+            self.register_parameter(added, parameter)
+            torch.nn.init.uniform_(parameter, -bound, bound)
+            own.append(added)
+        self._read_names()
+
+    def _read_names(self) -> None:
+        """After ``_all_weights`` has changed."""
+        self._flat_weights_names = [name for own in self._all_weights for name in own]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._init_flat_weights()
 
     def extra_repr(self) -> str:
         own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]
         return ", ".join([super().extra_repr(), *own])
 
     _options: tuple[str, ...] = (
-        "zoneout", "recurrent_dropout", "weight_dropout", "skip", "recompute",
+        "zoneout", "recurrent_dropout", "weight_dropout", "skip", "skip_beside", "recompute",
     )  # fmt: skip
 
     def flatten_parameters(self) -> None:
@@ -118,9 +141,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 self.register_parameter(name, torch.nn.Parameter(like.new_empty(shape)))
             names.append(list(shapes))
         self._all_weights = names
-        self._flat_weights_names = [name for own in names for name in own]
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
-        self._init_flat_weights()
+        self._read_names()
         self.reset_parameters()
 
     def _rows(self) -> int:
@@ -174,7 +195,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
         if self.skip > 1:
-            return self._run_delayed(cell, input, states, lengths, reset, self._dropped(weights))
+            return self._run_skipping(cell, input, states, lengths, reset, self._dropped(weights))
         result = run_stack(
             self, cell, input, states, self._dropped(weights), self._refuse, lengths=lengths,
             reset=reset,
@@ -241,7 +262,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
         packed = PackedSequence(output, batch_sizes, order, back)
         return packed, finals, tuple(all_states)
 
-    def _run_delayed(
+    def _run_skipping(
         self,
         cell: str,
         input: Sequences,
@@ -250,7 +271,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
         reset: Sequences | None,
         weights: list[Tensor],
     ) -> tuple[Tensor, States]:
-        """A call with ``skip``: the states are those of the ``skip`` steps before."""
+        """A call with ``skip``: the states of h are those of the ``skip`` steps before."""
         if not isinstance(input, Tensor) or not isinstance(reset, Tensor | None):
             raise ValueError("skip goes with padded input, and lengths: got a PackedSequence")
         if reset is not None and self.bidirectional:
@@ -277,6 +298,12 @@ class _Layer(Swappable, torch.nn.RNNBase):
             )
             return cast(tuple[Tensor, States], found)
 
+        if self.skip_beside:
+            if lengths is not None:
+                raise ValueError("lengths do not go with skip_beside, which runs block by block")
+            rows = None if reset is None else timed(checked_reset(reset, input, False))
+            output, states = self._run_beside(cell, timed(input), states, rows, weights, sizes)
+            return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
         if lengths is not None:
             steps, batch = timed(input).shape[:2]
             lengths = checked_lengths(lengths, batch, steps)
@@ -285,6 +312,69 @@ class _Layer(Swappable, torch.nn.RNNBase):
             None if reset is None else timed(checked_reset(reset, input, False)), run,
         )  # fmt: skip
         return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
+
+    def _run_beside(
+        self,
+        cell: str,
+        input: Tensor,
+        states: States | None,
+        reset: Tensor | None,
+        weights: list[Tensor],
+        sizes: Sizes,
+    ) -> tuple[Tensor, States]:
+        """The same with h_{t-1} besides: layer by layer, direction by direction."""
+        d, directions, output = self.skip, 2 if self.bidirectional else 1, self._output_size()
+        count, each = self.num_layers * directions, len(weights) // (self.num_layers * directions)
+        batch = input.shape[1]
+        shapes = [(count, d * batch, output), (count, batch, self.hidden_size)]
+        for name, state, shape in zip(("h_0", "c_0"), states or (), shapes, strict=False):
+            if tuple(state.shape) != shape:
+                raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(state.shape)}")
+        one = replace(sizes, num_layers=1, bidirectional=False, dropout=0.0)
+        pasts, finals = [], []
+        for k in range(count):
+            if k and k % directions == 0:
+                input = torch.nn.functional.dropout(
+                    torch.cat(outputs, -1), self.dropout, self.training
+                )
+            if k % directions == 0:
+                outputs: list[Tensor] = []
+            *own, w_skip = weights[k * each : (k + 1) * each]
+            own[0] = torch.cat((own[0], w_skip), 1)
+            one.input_size = own[0].shape[1]
+            past = input.new_zeros(shapes[0][1:]) if states is None else states[0][k]
+            past = past.view(d, batch, output)
+            before = None
+            if states is not None:
+                before = (past[-1][None], *[s[k : k + 1] for s in states[1:]])
+
+            def run(
+                input: Tensor, states: States | None, _: Tensor | None, reset: Tensor | None,
+                own: list[Tensor] = own,
+            ) -> tuple[Tensor, States]:  # fmt: skip
+                def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
+                    refuse_sizes(one, input, states or (), None)
+
+                found = run_stack(one, cell, input, states, own, refuse, reset=reset)
+                return cast(tuple[Tensor, States], found)
+
+            # A reverse direction is the same with time turned round: its states nearest first.
+            back = k % directions == 1
+            rows = input.flip(0) if back else input
+            anew = reset.flip(0) if back and reset is not None else reset
+            past = past.flip(0) if back else past
+            if back and before is not None:
+                before = (past[-1][None], *before[1:])
+            found, past, final = run_beside(d, rows, past, before, anew, run)
+            outputs.append(found.flip(0) if back else found)
+            past = past.flip(0) if back else past
+            pasts.append(past.reshape(d * batch, output))
+            finals.append(final[1:])
+        rest = [torch.cat(parts) for parts in zip(*finals, strict=True)]
+        return torch.cat(outputs, -1), (torch.stack(pasts), *rest)
+
+    def _output_size(self) -> int:
+        return self.proj_size or self.hidden_size
 
     def _draws(self, cell: str) -> bool:
         """Whether a call in training draws random numbers for its steps."""
@@ -364,6 +454,9 @@ class RNN(_HiddenLayer):
         skip: the delay d of the recurrent links: h_t sees h_{t-d} in place of h_{t-1} (dilated;
             Chang et al. 2017). The states, given and returned, are then those of d steps, oldest
             first (of the reverse direction nearest first): (L*D, d*B, H). Not for packed input.
+        skip_beside: h_t sees h_{t-d} beside h_{t-1}, through ``weight_skip_l*`` (shaped as
+            ``weight_hh_l*``; Lin et al. 1996). h is then given and returned for d steps, and an
+            LSTM's c for one. Not for lengths.
         recompute: train with O(sqrt(T)) memory: a backward pass computes again what it needs, in
             segments of the sequence, which takes another forward pass. Also an attribute. With two
             directions the layers' outputs are kept, and input is not packed. Has no effect under
@@ -409,6 +502,7 @@ class RNN(_HiddenLayer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
         ) -> None: ...
 
     else:
@@ -421,6 +515,7 @@ class RNN(_HiddenLayer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
             **kwargs: Any,
         ) -> None:
             _refuse_projection(kwargs)
@@ -434,6 +529,7 @@ class RNN(_HiddenLayer):
             self._set_options(
                 cell if zoneout else None, recompute=recompute, zoneout=zoneout,
                 recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout, skip=skip,
+                skip_beside=skip_beside,
             )  # fmt: skip
 
     def _run(self, *args: Any) -> tuple[Sequences, States]:
@@ -482,6 +578,7 @@ class LeakyRNN(RNN):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
         ) -> None: ...
 
     else:
@@ -566,6 +663,7 @@ class IndRNN(_HiddenLayer):
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
         skip: int = 1,
+        skip_beside: bool = False,
     ) -> None:
         cell = independent_cell(nonlinearity, zoneout)
         super().__init__(
@@ -574,7 +672,12 @@ class IndRNN(_HiddenLayer):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
         self._set_options(
-            cell, recompute=recompute, zoneout=zoneout, weight_dropout=weight_dropout, skip=skip
+            cell,
+            recompute=recompute,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            skip=skip,
+            skip_beside=skip_beside,
         )
 
     _options = ("nonlinearity", *_Layer._options)
@@ -649,6 +752,7 @@ class LSTM(_Layer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
         ) -> None: ...
 
     else:
@@ -666,6 +770,7 @@ class LSTM(_Layer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
             **kwargs: Any,
         ) -> None:
             super().__init__("LSTM", *args, **kwargs)
@@ -678,6 +783,7 @@ class LSTM(_Layer):
                 coupled=coupled, activation=activation, output_activation=output_activation,
                 cell_clip=cell_clip, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
                 weight_dropout=weight_dropout, skip=skip,
+                skip_beside=skip_beside,
             )  # fmt: skip
 
     peephole: bool = False
@@ -787,6 +893,7 @@ class GRU(_HiddenLayer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
         ) -> None: ...
 
     else:
@@ -801,6 +908,7 @@ class GRU(_HiddenLayer):
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
             skip: int = 1,
+            skip_beside: bool = False,
             **kwargs: Any,
         ) -> None:
             _refuse_projection(kwargs)
@@ -810,6 +918,7 @@ class GRU(_HiddenLayer):
                 None if cell == "gru" else cell, recompute=recompute, reset_after=reset_after,
                 activation=activation, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
                 weight_dropout=weight_dropout, skip=skip,
+                skip_beside=skip_beside,
             )  # fmt: skip
 
     reset_after: bool = True

@@ -79,7 +79,7 @@ def sequence(
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
-    path = route(input, weights)
+    path = route(input, weights, cell)
     # Where kernels do not compute with 16 bits.
     widened = input.dtype in _NARROW and (
         path == "composite" or input.dtype not in engine_of(input).DTYPES
@@ -212,7 +212,7 @@ def _with_cells(
         reset,
         _seed(input) if training and any(options_of(cell).zoneout) else None,
     )
-    kernels = route(input, weights) == "kernel" and hasattr(engine_of(input), "cells")
+    kernels = route(input, weights, cell) == "kernel" and hasattr(engine_of(input), "cells")
     output, states, cells = layer_with_cells(
         config, input, hx, weights, batch_sizes, extras, kernels
     )
@@ -222,15 +222,17 @@ def _with_cells(
     return output, states, cells
 
 
-def route(input: Tensor, weights: Sequence[Tensor]) -> str:
+def route(input: Tensor, weights: Sequence[Tensor], cell: str = "") -> str:
     """``"kernel"``, ``"operator"`` or ``"composite"``: the path that ``sequence`` takes.
 
-    Warns, once for each, of a device or a dtype that has no kernels.
+    Warns, once for each, of a device, a cell or a dtype that has no kernels.
     """
     if not input.is_cpu:
         missing = why_no_kernels(input.device)
         if missing:
             return _without_kernel(missing)
+        if cell and input.device.type == "cuda" and spec_of(cell).second:
+            return _without_kernel(f"{spec_of(cell).name} on a GPU")
     if input.dtype not in _DTYPES:
         return _without_kernel(f"dtype {input.dtype}")
     if torch.compiler.is_compiling():
