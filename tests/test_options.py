@@ -766,3 +766,25 @@ def test_a_delay_beside_with_resets():
     reset[:] = False
     reset[8] = True
     torch.testing.assert_close(layer(x, reset=reset)[1], layer(x[8:])[1])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_explain_and_streams_know_options(name):
+    layer = LAYERS[name]().eval()
+    said = fastcell.explain(layer, torch.zeros(4, 1, 3))
+    assert (said.engine, said.path) == ("cpu", "kernel")
+    if not layer.bidirectional:
+        x = torch.randn(4, 1, 3)
+        stream = fastcell.Stream(layer)
+        found = torch.cat([stream(x[t : t + 1]).clone() for t in range(4)])
+        assert torch.equal(found, layer(x)[0].detach())
+
+
+def test_explain_and_streams_know_delays_and_cells():
+    for options in ({"skip": 3}, {"skip": 3, "skip_beside": True}):
+        layer = fastcell.GRU(3, 4, **options)
+        assert fastcell.explain(layer).path == "kernel"
+        with pytest.raises(ValueError, match="no layer with skip"):
+            fastcell.Stream(layer)
+    cell = fastcell.LSTMCell(3, 4, peephole=True, cell_clip=1.0)
+    assert fastcell.explain(cell, torch.zeros(2, 3)).path == "kernel"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .cells import cell_of, spec_of
+from .cells import NARROW_CELLS, cell_of, spec_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, IndRNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
 from .quantized import QuantizedCell, QuantizedLayer
 
-_LAYERS = (RNN, LSTM, GRU)
+_LAYERS = (RNN, IndRNN, LSTM, GRU)
 _CELLS = (RNNCell, LSTMCell, GRUCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)
 
@@ -145,7 +145,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         stand_in = torch.empty(0)
     else:
         stand_in = weights[0]
-    path = _path(stand_in, weights)
+    path = _path(stand_in, weights, config.cell)
     device = stand_in.device.type
 
     dtype = stand_in.dtype
@@ -169,7 +169,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
             arithmetic = torch.float32
     elif path != "composite":
         engine, isa = "cpu", _core.isa()
-        if config.products == "exact" and arithmetic is torch.bfloat16:
+        narrow = arithmetic is torch.bfloat16 and config.cell in NARROW_CELLS
+        if config.products == "exact" and narrow:
             config = config._replace(products="bfloat16")
         if arithmetic in (torch.bfloat16, torch.float16):
             arithmetic = torch.float32
@@ -189,7 +190,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         layer=f"fastcell.{module}",
         engine=engine,
         path=path,
-        reason=_REASONS.get(path) or _why_composite(stand_in.device),
+        reason=_REASONS.get(path) or _why_composite(stand_in.device, config.cell),
         device=str(stand_in.device),
         dtype=dtype,
         autocast=autocast,
@@ -222,9 +223,10 @@ def _config(module: torch.nn.Module) -> Config:
             module.bias,
             module.batch_first,
         )
-    if isinstance(module, RNNCell):
+    cell = getattr(module, "_cell", "")
+    if not cell and isinstance(module, RNNCell):
         cell = f"rnn_{module.nonlinearity}"
-    else:
+    elif not cell:
         cell = "lstm" if isinstance(module, LSTMCell) else "gru"
     has_bias = any(getattr(module, name) is not None for name in ("bias_ih", "bias_hh"))
     return Config(cell, 1, False, has_bias, False)
@@ -235,22 +237,30 @@ def _weights(module: torch.nn.Module) -> list[Tensor]:
     if isinstance(module, _QUANTIZED):
         return module.weights()
     if isinstance(module, _LAYERS):
-        return cast(list[Tensor], list(module._flat_weights))
-    weights = [module.weight_ih, module.weight_hh]
+        weights = cast(list[Tensor], list(module._flat_weights))
+        if getattr(module, "skip_beside", False):  # what a step takes besides comes as input
+            each = len(module._all_weights[0])
+            weights = [w for i, w in enumerate(weights) if i % each < each - 1]
+        return weights
+    of_cell: list[Any] = [module.weight_ih, module.weight_hh]
     biases = [b for b in (module.bias_ih, module.bias_hh) if b is not None]
     # A cell may lack one of the two: zeros of the same shape stand in for it.
-    return cast(list[Tensor], weights + (biases * 2 if len(biases) == 1 else biases))
+    of_cell += biases * 2 if len(biases) == 1 else biases
+    spec = spec_of(getattr(module, "_cell", "rnn_tanh"))
+    return cast(
+        list[Tensor], of_cell + ([getattr(module, spec.parameters_name)] if spec.rows else [])
+    )
 
 
-def _path(input: Tensor, weights: list[Tensor]) -> str:
+def _path(input: Tensor, weights: list[Tensor], cell: str) -> str:
     # Asked here first: route() would warn, once in a process, and that belongs to a real call.
-    if why_no_kernels(input.device):
+    if why_no_kernels(input.device, cell):
         return "composite"
-    return ops.route(input, weights)
+    return ops.route(input, weights, cell)
 
 
-def _why_composite(device: torch.device) -> str:
-    missing = why_no_kernels(device)
+def _why_composite(device: torch.device, cell: str) -> str:
+    missing = why_no_kernels(device, cell)
     if missing:
         return f"no kernels for {missing}"
     return "forward-mode differentiation or nested torch.func transforms"

@@ -332,13 +332,13 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(state.shape)}")
         one = replace(sizes, num_layers=1, bidirectional=False, dropout=0.0)
         pasts, finals = [], []
+        outputs: list[Tensor] = []
         for k in range(count):
-            if k and k % directions == 0:
-                input = torch.nn.functional.dropout(
-                    torch.cat(outputs, -1), self.dropout, self.training
-                )
             if k % directions == 0:
-                outputs: list[Tensor] = []
+                if k:
+                    input = torch.cat(outputs, -1)
+                    input = torch.nn.functional.dropout(input, self.dropout, self.training)
+                outputs = []
             *own, w_skip = weights[k * each : (k + 1) * each]
             own[0] = torch.cat((own[0], w_skip), 1)
             one.input_size = own[0].shape[1]

@@ -228,11 +228,9 @@ def route(input: Tensor, weights: Sequence[Tensor], cell: str = "") -> str:
     Warns, once for each, of a device, a cell or a dtype that has no kernels.
     """
     if not input.is_cpu:
-        missing = why_no_kernels(input.device)
+        missing = why_no_kernels(input.device, cell)
         if missing:
             return _without_kernel(missing)
-        if cell and input.device.type == "cuda" and spec_of(cell).second:
-            return _without_kernel(f"{spec_of(cell).name} on a GPU")
     if input.dtype not in _DTYPES:
         return _without_kernel(f"dtype {input.dtype}")
     if torch.compiler.is_compiling():

@@ -52,7 +52,8 @@ class Stream:
 
     Raises:
         TypeError: another module, or a block of another type or dtype.
-        ValueError: two directions, another device or dtype, or a block of another shape.
+        ValueError: two directions, delays (``skip``), another device or dtype, or a block of
+            another shape.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Stream:
             raise TypeError(
                 f"a stream needs an RNN, LSTM or GRU layer, got {type(module).__name__}"
             )
+        if getattr(module, "skip", 1) > 1:
+            raise ValueError("a stream takes no layer with skip, whose state is that of many steps")
         if module.bidirectional:
             raise ValueError("a stream hears no future: the layer must not be bidirectional")
         for name, number in (("batch_size", batch_size), ("threads", threads or 1)):
