@@ -262,18 +262,21 @@ def test_gpu_table_measures(monkeypatch, capsys):
         gpu.assert_alike([torch.ones(2)], [torch.zeros(2)], 1e-3, "a row")
 
 
-def test_cells_of_the_lstm(tmp_path, capsys):
-    from fastcell_bench import variants
+def test_cells_and_controls(tmp_path, capsys):
+    from fastcell_bench import cells
 
     out = tmp_path / "cells.json"
-    arguments = ["--mode", "cells", "--shape", "LSTM:3:2:4:5", "--shape", "GRU:3:2:4:5"]
-    assert (
-        variants.main([*arguments, "--blocks", "1", "--min-time", "0.001", "--json", str(out)]) == 0
-    )
-    (row,) = json.loads(out.read_text())["cells"]
-    assert row["training"].keys() == {"peephole", "coupled", "both"}
-    assert all(v["over loop"] > 0 for v in row["inference"].values())
-    assert "LSTM:3:2:4:5 training" in capsys.readouterr().out
+    arguments = ["--shape", "5:2:4:6", "--blocks", "1", "--min-time", "0.001", "--json", str(out)]
+    assert cells.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(cells.VARIANTS)
+    for row, variant in zip(rows, cells.VARIANTS, strict=True):
+        for mode in ("inference", "training"):
+            assert row[mode]["of plain"] > 0
+            assert ("over loop" in row[mode]) == variant.loop
+    assert "LSTM peephole, coupled 5:2:4:6" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cells.main(["--shape", "5:2"])
 
 
 def test_deep_stacks_with_and_without_a_wavefront(tmp_path, capsys):

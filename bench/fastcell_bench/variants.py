@@ -1,6 +1,5 @@
-"""fastcell against itself: what small weights gain, what recomputation saves and costs, what the
-LSTM's variants cost beside the Python loop that they replace, and what a wavefront over the layers
-of a deep stack gains.
+"""fastcell against itself: what small weights gain, what recomputation saves and costs, and what a
+wavefront over the layers of a deep stack gains.
 `python -m fastcell_bench.variants`
 
 Blocks of the variants alternate in one process: they share one pool of threads, which does not spin
@@ -16,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +30,9 @@ Run = Callable[[], object]
 _DESCRIPTION = """\
 Inference: a layer in float32, in bfloat16, and quantized to bfloat16 and int8; how many times
 faster than float32. Training in float32: with and without recompute=True, the time of a step and
-what it keeps for the backward pass, beside what torch.nn's layer keeps. Cells: the LSTM with
-peepholes, with coupled gates and with both, as times of the plain one's; and how many times faster
-each is than a Python loop over torch's operations, the way to write it without kernels. Stacks:
-inference of 4 and 8 layers as a wavefront over groups of layers, and without; and which of the two
-the schedule's model chooses."""
+what it keeps for the backward pass, beside what torch.nn's layer keeps. Stacks: inference of 4 and
+8 layers as a wavefront over groups of layers, and without; and which of the two the schedule's
+model chooses."""
 
 _DEEP = [(cell, 100, 1, H, H) for cell in ("LSTM", "GRU") for H in (64, 128, 256, 512)]
 
@@ -53,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--mode",
-        choices=["inference", "training", "cells", "stacks", "both", "all"],
+        choices=["inference", "training", "stacks", "both", "all"],
         default="both",
     )
     result.add_argument("--threads", type=whole, metavar="N", help="default: torch's")
@@ -161,62 +157,6 @@ def training(shape: tuple[str, int, int, int, int], blocks: int, min_time: float
     }
 
 
-CELLS: dict[str, dict[str, Any]] = {
-    "peephole": {"peephole": True},
-    "coupled": {"coupled": True},
-    "both": {"peephole": True, "coupled": True},
-}
-
-
-def python_loop(layer: fastcell.LSTM, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output, step by step in torch's operations, input terms in one product."""
-    w_ih, w_hh, b_ih, b_hh, *rest = layer.parameters()
-    p = rest[0] if rest else None
-    h = c = x.new_zeros(x.shape[1], layer.hidden_size)
-    outputs = []
-    for given in torch.nn.functional.linear(x, w_ih, b_ih).unbind(0):
-        a = (given + torch.nn.functional.linear(h, w_hh, b_hh)).chunk(3 if layer.coupled else 4, 1)
-        i = torch.sigmoid(a[0] if p is None else a[0] + p[0] * c)
-        seen = None if layer.coupled else a[1] if p is None else a[1] + p[1] * c
-        f = 1 - i if seen is None else torch.sigmoid(seen)
-        c = f * c + i * torch.tanh(a[-2])
-        h = torch.sigmoid(a[-1] if p is None else a[-1] + p[-1] * c) * torch.tanh(c)
-        outputs.append(h)
-    return torch.stack(outputs)
-
-
-def cells(shape: tuple[str, int, int, int, int], blocks: int, min_time: float) -> dict[str, Any]:
-    """Times of the LSTM's variants, in inference and in training."""
-    _, steps, batch, inputs, hidden = shape
-    plain = fastcell.LSTM(inputs, hidden)
-    variants = {name: fastcell.LSTM(inputs, hidden, **how) for name, how in CELLS.items()}
-    x = torch.randn(steps, batch, inputs, requires_grad=True)
-    gradient = torch.randn(steps, batch, hidden)
-    row: dict[str, Any] = {}
-    for mode in ("inference", "training"):
-
-        def run(layer: fastcell.LSTM, loop: bool, training: bool = mode == "training") -> object:
-            call = (lambda: python_loop(layer, x)) if loop else (lambda: layer(x)[0])
-            if training:
-                return torch.autograd.grad(call(), [x, *layer.parameters()], gradient)
-            with torch.no_grad():
-                return call()
-
-        runs: list[Run] = [partial(run, plain, False)]
-        for layer in variants.values():
-            torch.testing.assert_close(run(layer, False), run(layer, True), rtol=1e-3, atol=1e-3)
-            runs += [partial(run, layer, False), partial(run, layer, True)]
-        base, *others = alternate(runs, blocks, min_time)
-        row[mode] = {
-            name: {
-                "of plain": 1 / gain(base, others[2 * k]),
-                "over loop": gain(others[2 * k + 1], others[2 * k]),
-            }
-            for k, name in enumerate(variants)
-        }
-    return row
-
-
 def stacks(
     shape: tuple[str, int, int, int, int], layers: int, blocks: int, min_time: float
 ) -> dict[str, Any]:
@@ -268,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     document: dict[str, Any] = {
         "fastcell": fastcell.info(), "threads": torch.get_num_threads(), "inference": [],
-        "training": [], "cells": [], "stacks": [],
+        "training": [], "stacks": [],
     }  # fmt: skip
     print(f"fastcell {fastcell.__version__}, {torch.get_num_threads()} threads")
     if options.mode in ("inference", "both", "all"):
@@ -297,16 +237,6 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['recompute']:14.2f} x{kept[0]:11.3f}{kept[1]:10.3f}{kept[2]:11.3f}",
                 flush=True,
             )
-    if options.mode in ("cells", "all"):
-        print("\nLSTM: time of a variant by that of the plain cell, and (times faster than a loop)")
-        print(f"{'':32}" + "".join([f"{name:>18}" for name in CELLS]))
-        for shape in [shape for shape in shapes if shape[0] == "LSTM"]:
-            row = cells(shape, options.blocks, options.min_time)
-            document["cells"].append({"shape": shape, **row})
-            for mode, found in row.items():
-                texts = [f"{v['of plain']:.2f} ({v['over loop']:.1f}x)" for v in found.values()]
-                label = f"{':'.join(map(str, shape))} {mode}"
-                print(f"{label:32}" + "".join([f"{text:>18}" for text in texts]), flush=True)
     if options.mode in ("stacks", "all"):
         print("\ninference of deep stacks: as a wavefront of groups of layers, and without")
         print(f"{'':22}{'layers':>8}{'wavefront µs':>14}{'without µs':>12}{'gain':>8}  chosen")

@@ -98,7 +98,7 @@ class Stack:
         """
 
     def cells_at(self, rows: int, /) -> list[tuple[int, int]]:
-        """Where what is kept of one layer has c of all rows: (first element, width) per direction."""
+        """Where one layer's kept numbers have c of all rows: (first, width) per direction."""
 
     def force_schedule(
         self, direction_groups: int, batch_groups: int, unit_threads: int, layer_groups: int, /

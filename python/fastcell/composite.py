@@ -86,7 +86,7 @@ def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options
     return ((1 - z) * n + z * state[0],)
 
 
-def _gru_before(x: Tensor, h: Tensor, state: States, options: Options, part: _Part) -> States:
+def _gru_before(x: Tensor, h: Tensor, state: States, options: Options, part: Part) -> States:
     r, z = torch.sigmoid(x[..., : h.shape[-1]] + h).chunk(2, -1)
     rows = h.shape[-1]
     seen = _seen(part, state[0])
@@ -110,7 +110,7 @@ _STEPS: dict[str, Step] = {
 }
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What belongs to one layer and direction of a call."""
 
     cell: str
@@ -122,13 +122,13 @@ class _Part(NamedTuple):
     extras: Extras
 
 
-def _seen(part: _Part, h: Tensor) -> Tensor:
+def _seen(part: Part, h: Tensor) -> Tensor:
     """What the recurrent product takes of h."""
     factors = part.extras.recurrent
     return h if factors is None else h * factors[part.number, : h.shape[0]]
 
 
-def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
+def _recurrent_term(part: Part, h: Tensor) -> Tensor:
     h, spec = _seen(part, h), spec_of(part.cell)
     if spec.second:  # not of the gates whose product comes later
         rows = part.w_hh.shape[0] // spec.gates * (spec.gates - spec.second)
@@ -138,7 +138,16 @@ def _recurrent_term(part: _Part, h: Tensor) -> Tensor:
     return h * part.w_hh if part.b_hh is None else h * part.w_hh + part.b_hh
 
 
-def _zoned(part: _Part, first: int, before: States, after: States) -> States:
+def cell_step(part: Part, x: Tensor, states: States) -> States:
+    """One step of a cell from its input term, without zoneout and projection."""
+    name, options = spec_of(part.cell).name, options_of(part.cell)
+    term = _recurrent_term(part, states[0])
+    if name == "gru_before":
+        return _gru_before(x, term, states, options, part)
+    return _STEPS.get(name, _lstm_variant)(x, term, states, part.parameters, options)
+
+
+def _zoned(part: Part, first: int, before: States, after: States) -> States:
     """Of each state the part that zoneout keeps from before; ``first``: the step's first row."""
     zoneout, seed = options_of(part.cell).zoneout, part.extras.seed
     if not any(zoneout):
@@ -154,7 +163,7 @@ def _zoned(part: _Part, first: int, before: States, after: States) -> States:
 
 
 def _direction(
-    part: _Part,
+    part: Part,
     projected: Sequence[Tensor],
     state: States,
     reverse: bool,
@@ -166,8 +175,6 @@ def _direction(
     ``lengths``: instead, all rows are there, and each sample's steps are as many. ``cells``: to be
     appended c of all rows.
     """
-    name, options = spec_of(part.cell).name, options_of(part.cell)
-    step = _STEPS.get(name, _lstm_variant)
     steps = len(projected)
     alive = [p.shape[0] for p in projected]
     first = [0, *accumulate(alive)]
@@ -181,11 +188,7 @@ def _direction(
         if reset is not None:
             anew = reset[first[t] : first[t] + n, None]
             current = tuple(s.masked_fill(anew, 0) for s in current)
-        term = _recurrent_term(part, current[0])
-        if name == "gru_before":
-            new = _gru_before(projected[t], term, current, options, part)
-        else:
-            new = step(projected[t], term, current, part.parameters, options)
+        new = cell_step(part, projected[t], current)
         new = _zoned(part, first[t], current, new)
         if part.w_hr is not None:
             new = (linear(new[0], part.w_hr), *new[1:])
@@ -276,7 +279,7 @@ def _sequence(
             w = weights[k * width : (k + 1) * width]
             b_ih, b_hh = (w[2], w[3]) if bias else (None, None)
             out, final = _direction(
-                _Part(
+                Part(
                     config.cell,
                     k,
                     w[1],

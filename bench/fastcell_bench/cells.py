@@ -1,0 +1,209 @@
+"""What each cell and each control over the sequence costs, by the plain cell of its family, and how
+many times faster it is than the Python loop that it replaces. `python -m fastcell_bench.cells`
+
+The loop is the way to write a cell without kernels: torch's operations step by step, with the input
+terms of all steps in one product. A second one has the step compiled by torch.compile. Blocks
+alternate in one process, as in ``fastcell_bench.variants``; every variant's output is compared with
+the loop's before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastcell
+from fastcell import composite
+from fastcell.cells import cell_of, spec_of
+from fastcell.plan import NO_EXTRAS
+from fastcell_bench.cases import parse_shape
+from fastcell_bench.cli import positive, whole
+from fastcell_bench.variants import Run, alternate, gain
+
+_SHAPES = ("100:8:128:128", "100:32:256:256", "100:64:512:512")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layer beside the plain one of its family."""
+
+    name: str
+    base: str
+    layer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    call: Callable[[int, int], dict[str, Any]] = lambda steps, batch: {}
+    loop: bool = True  # whether the loop does the same
+
+
+def _reset(steps: int, batch: int) -> dict[str, Any]:
+    return {"reset": torch.rand(steps, batch) < 0.02}
+
+
+def _lengths(steps: int, batch: int) -> dict[str, Any]:
+    return {"lengths": torch.randint(1, steps + 1, (batch,))}
+
+
+VARIANTS = (
+    Variant("peephole", "LSTM", "LSTM", {"peephole": True}),
+    Variant("coupled", "LSTM", "LSTM", {"coupled": True}),
+    Variant("peephole, coupled", "LSTM", "LSTM", {"peephole": True, "coupled": True}),
+    Variant("activations", "LSTM", "LSTM", {"activation": "relu", "output_activation": "softsign"}),
+    Variant("clip", "LSTM", "LSTM", {"cell_clip": 1.0}),
+    Variant("zoneout", "LSTM", "LSTM", {"zoneout": 0.1}, loop=False),
+    Variant("recurrent dropout", "LSTM", "LSTM", {"recurrent_dropout": 0.2}, loop=False),
+    Variant("weight dropout", "LSTM", "LSTM", {"weight_dropout": 0.2}, loop=False),
+    Variant("reset=", "LSTM", "LSTM", call=_reset),
+    Variant("lengths=", "LSTM", "LSTM", call=_lengths, loop=False),
+    Variant("all states", "LSTM", "LSTM", call=lambda steps, batch: {"return_states": True}),
+    Variant("skip 4", "LSTM", "LSTM", {"skip": 4}, loop=False),
+    Variant("skip 4 beside", "LSTM", "LSTM", {"skip": 4, "skip_beside": True}, loop=False),
+    Variant("reset before", "GRU", "GRU", {"reset_after": False}),
+    Variant("zoneout", "GRU", "GRU", {"zoneout": 0.1}, loop=False),
+    Variant("reset=", "GRU", "GRU", call=_reset),
+    Variant("leaky", "RNN", "LeakyRNN"),
+    Variant("independent", "RNN", "IndRNN", {"nonlinearity": "tanh"}),
+    Variant("zoneout", "RNN", "RNN", {"zoneout": 0.1}, loop=False),
+    Variant("reset=", "RNN", "RNN", call=_reset),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m fastcell_bench.cells",
+        description="Time of each variant by that of the plain cell of its family, and how many "
+        "times faster it is than a Python loop over torch's operations.",
+    )
+    result.add_argument("--shape", action="append", default=[], metavar="T:B:I:H")
+    result.add_argument("--only", metavar="TEXT", help="variants whose name has it")
+    result.add_argument(
+        "--compile", action="store_true", help="also a loop over a step that torch.compile made"
+    )
+    result.add_argument("--threads", type=whole, metavar="N", help="default: torch's")
+    result.add_argument("--blocks", type=whole, default=9, metavar="N", help="(9)")
+    result.add_argument("--min-time", type=positive, default=0.05, metavar="S", help="(0.05)")
+    result.add_argument("--json", metavar="FILE", help="also as JSON")
+    return result
+
+
+def python_loop(
+    layer: torch.nn.RNNBase, reset: torch.Tensor | None, compiled: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's output, step by step in torch's operations, input terms in one product."""
+    spec = spec_of(cell_of(layer))
+    w_ih, w_hh, b_ih, b_hh, *rest = layer.parameters()
+    vectors = rest[0] if rest else None
+    part = composite.Part(cell_of(layer), 0, w_hh, b_hh, None, vectors, NO_EXTRAS)
+
+    def step(given: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return composite.cell_step(part, given, states)
+
+    if compiled:
+        step = torch.compile(step)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        states = tuple([x.new_zeros(x.shape[1], layer.hidden_size) for _ in range(spec.states)])
+        outputs = []
+        for t, given in enumerate(torch.nn.functional.linear(x, w_ih, b_ih).unbind(0)):
+            if reset is not None:
+                states = tuple([s.masked_fill(reset[t, :, None], 0) for s in states])
+            states = step(given, *states)
+            outputs.append(states[0])
+        return torch.stack(outputs)
+
+    return run
+
+
+def row(
+    variant: Variant, shape: tuple[int, int, int, int], compiled: bool, blocks: int, min_time: float
+) -> dict[str, Any]:
+    """Of one variant and shape, in inference and in training."""
+    steps, batch, inputs, hidden = shape
+    plain = getattr(fastcell, variant.base)(inputs, hidden)
+    layer = getattr(fastcell, variant.layer)(inputs, hidden, **variant.options)
+    x = torch.randn(steps, batch, inputs, requires_grad=True)
+    gradient = torch.randn(steps, batch, hidden)
+    call = variant.call(steps, batch)
+    ways = (False, True) if compiled else (False,)
+    loops = [python_loop(layer, call.get("reset"), way) for way in ways if variant.loop]
+    for loop in loops:
+        torch.testing.assert_close(layer(x, **call)[0], loop(x), rtol=1e-3, atol=1e-3)
+    found: dict[str, Any] = {}
+    for mode in ("inference", "training"):
+
+        def timed(of: torch.nn.Module, output: Callable[[], torch.Tensor], mode: str = mode) -> Run:
+            leaves = [x, *[p for p in of.parameters() if p.requires_grad]]
+            if mode == "training":
+                return lambda: torch.autograd.grad(output(), leaves, gradient)
+
+            def run() -> object:
+                with torch.no_grad():
+                    return output()
+
+            return run
+
+        # (Zoneout and the dropouts draw in training alone.)
+        layer.train(mode == "training")
+        runs = [
+            timed(plain, lambda: plain(x)[0]),
+            timed(layer, lambda: layer(x, **call)[0]),
+            *[timed(layer, partial(loop, x)) for loop in loops],
+        ]
+        base, own, *others = alternate(runs, blocks, min_time)
+        found[mode] = {
+            "µs": statistics.median(own) * 1e6,
+            "of plain": 1 / gain(base, own),
+            **dict(zip(("over loop", "over compiled loop"), [gain(o, own) for o in others],
+                       strict=False)),
+        }  # fmt: skip
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0, or 2 for bad options."""
+    command = parser()
+    options = command.parse_args(argv)
+    shapes = []
+    for text in options.shape or _SHAPES:
+        try:
+            shapes.append(parse_shape(f"LSTM:{text}")[1:])
+        except ValueError as error:
+            command.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    document: dict[str, Any] = {
+        "fastcell": fastcell.info(), "threads": torch.get_num_threads(), "rows": [],
+    }  # fmt: skip
+    print(f"fastcell {fastcell.__version__}, {torch.get_num_threads()} threads")
+    print("time by that of the plain cell (times faster than a loop over torch's operations)\n")
+    print(f"{'':38}{'inference':>20}{'training':>20}")
+    for shape in shapes:
+        for variant in VARIANTS:
+            if options.only and options.only not in variant.name:
+                continue
+            found = row(variant, shape, options.compile, options.blocks, options.min_time)
+            document["rows"].append(
+                {"base": variant.base, "variant": variant.name, "shape": shape, **found}
+            )
+            texts = [
+                f"{f['of plain']:.2f}" + (f" ({f['over loop']:.1f}x)" if "over loop" in f else "")
+                for f in found.values()
+            ]
+            label = f"{variant.base} {variant.name} {':'.join(map(str, shape))}"
+            print(f"{label:38}" + "".join([f"{text:>20}" for text in texts]), flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(document, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
