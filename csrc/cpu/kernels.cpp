@@ -79,6 +79,7 @@ constexpr auto& plain_cells = cells_of<float, Exact<float>>;
 
 }  // namespace
 
+extern const TreeKernels tree_table;
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
@@ -89,6 +90,7 @@ const Kernels table = {
     sigmoid_array,
     run_fma,
     read_array,
+    &tree_table,
 };
 
 }  // namespace fastcell::FASTCELL_ISA
