@@ -367,21 +367,24 @@ class TreeBackward {
   // A node's row of gradients: [forget gates][its gates][sum of its children's forget gates]. The
   // first are, child-sum: of the node's own forget gate, at its parent; N-ary: of the gates of its
   // children by position. So the recurrent product reads the first two, the input's the last two.
+  // Rows lie in the order of the levels: those of the nodes that have children, together.
   struct Buffers {
-    T* d_gates;    // (nodes, width)
-    T* d_c;        // (nodes, padded): what comes from the parent
-    T* d_sums;     // (nodes, padded): of the sum of the children's h
-    T* sums;       // (nodes, H): that sum, of nodes with several children
-    T* h_weights;  // child-sum: a node's gates; N-ary: [position], all gates
-    T* f_weights;  // child-sum: the forget gate
+    int64_t* ranks;  // (nodes): of a node in that order
+    T* d_gates;      // (nodes, width)
+    T* d_c;          // (nodes, padded): what comes from the parent
+    T* d_sums;       // (nodes, padded): of the sum of the children's h
+    T* sums;         // (nodes, H): that sum, of nodes with several children
+    T* h_weights;    // child-sum: a node's gates; N-ary: [position], all gates
+    T* f_weights;    // child-sum: the forget gate
     T* x_weights;
     T* zeros;  // a row
     typename WeightGradient<T>::Buffers product;
 
     Buffers(const TreeCall& call, int threads, Arena& arena)
-        : product(call.input, call.hidden, call.forest.nodes, threads, arena) {
+        : product(widest(call), call.hidden, call.forest.nodes, threads, arena) {
       const Sizes s(call);
       const int64_t nodes = s.forest.nodes;
+      ranks = arena.take<int64_t>(nodes);
       d_gates = arena.take<T>(nodes * width(s));
       d_c = arena.take<T>(F * nodes * s.padded);
       d_sums = arena.take<T>(s.sums ? nodes * s.padded : 0);
@@ -393,6 +396,9 @@ class TreeBackward {
     }
   };
 
+  static int64_t widest(const TreeCall& call) {
+    return call.input > call.hidden ? call.input : call.hidden;
+  }
   static int64_t width(const Sizes& s) { return (s.forgets + G + F) * s.H; }
   // Child-sum: the sum of the children's h alone, since forget gates see each child for itself.
   static Panels<T> recurrent(const Sizes& s) {
@@ -428,7 +434,7 @@ class TreeBackward {
   const T* gate(int64_t node, int which) const {
     return static_cast<const T*>(call.gates) + (node * (G + F) + which) * s.padded;
   }
-  T* d_row(int64_t node) const { return buffers.d_gates + node * width(s); }
+  T* d_row(int64_t node) const { return buffers.d_gates + buffers.ranks[node] * width(s); }
   T* d_forget(int64_t node, int64_t child) const {
     return s.sums ? d_row(child) : d_row(node) + forest.positions[child] * s.H;
   }
@@ -436,7 +442,7 @@ class TreeBackward {
 
   void run() {
     pack();
-    sum_children();
+    prepare_nodes();
     team.sync();
     for (int64_t level = forest.levels - 1; level >= 0; --level) {
       const int64_t* const nodes = forest.order + forest.level_offsets[level];
@@ -497,11 +503,12 @@ class TreeBackward {
     if (team.index == 0) std::memset(buffers.zeros, 0, size_t(H + lanes) * sizeof(T));
   }
 
-  void sum_children() const {
-    if (!s.sums) return;
+  void prepare_nodes() const {
     const Range mine = part(forest.nodes, team.index, team.size);
-    for (int64_t node = mine.begin; node < mine.end; ++node) {
-      if (forest.child_count(node) > 1) s.sum_children(node, h, buffers.sums);
+    for (int64_t rank = mine.begin; rank < mine.end; ++rank) {
+      const int64_t node = forest.order[rank];
+      buffers.ranks[node] = rank;
+      if (s.sums && forest.child_count(node) > 1) s.sum_children(node, h, buffers.sums);
     }
   }
 
@@ -601,60 +608,81 @@ class TreeBackward {
   }
 
   void gradient_of_input() const {
+    // (Nothing is added to, so that the scratch memory is not used.)
     T* const d_x = static_cast<T*>(out.d_x);
     multiply_rows(
         over_x(s), buffers.x_weights, Range{0, forest.nodes},
-        [&](int64_t r) -> const T* { return d_own(r, 0); },
-        [&](int64_t r) { return d_x + r * s.I; }, false, buffers.zeros, team);
+        [&](int64_t r) -> const T* { return d_own(forest.order[r], 0); },
+        [&](int64_t r) { return d_x + forest.order[r] * s.I; }, false, buffers.zeros, team);
   }
 
   void gradients_of_weights() const {
     using Gradient = WeightGradient<T>;
     const int64_t H = s.H, nodes = forest.nodes, rows_of_h = s.hidden_gates() * H;
     const Timeline time{1, nodes, nodes, nullptr};
+    const Range all{0, nodes}, inner{forest.level_offsets[1], nodes};
     T* const d_ih = static_cast<T*>(out.d_w_ih);
     T* const d_hh = static_cast<T*>(out.d_w_hh);
-    const T* const x = static_cast<const T*>(call.x);
-    const auto x_row = [&](int64_t, int64_t, int64_t r) { return x + r * s.I; };
-    const typename Gradient::template Features<decltype(x_row)> of_x{x_row, s.I};
-    int half = 0;
-    const auto run = [&](const auto& h_row, const auto& parts) {
-      const typename Gradient::template Features<std::decay_t<decltype(h_row)>> of_h{h_row, H};
-      Gradient::run(buffers.d_gates, width(s), time, Range{0, nodes}, of_x, of_h, parts, true, half,
-                    buffers.product, team);
-    };
-    const auto x_part = [&](int gate) {
-      return d_ih ? d_ih + Sizes::input_row(gate) * H * s.I : nullptr;
-    };
-    const auto h_part = [&](int term, int row) {
-      return d_hh ? d_hh + term * rows_of_h * H + row * H * H : nullptr;
-    };
     const int64_t own = s.forgets * H;
-    for (int term = 0; term < s.terms; ++term) {
-      const bool first = term == 0;  // the input's weights have one term
-      const auto h_row = [&](int64_t, int64_t, int64_t r) {
-        const T* const from = s.operand(r, term, h, buffers.sums);
-        return from ? from : static_cast<const T*>(buffers.zeros);
+    int half = 0;
+    // Weights that see rows of `features` numbers, or two kinds of such at once.
+    const auto run = [&](Range rows, int64_t features, auto first, auto second, const auto& parts) {
+      const auto in_order = [&](auto row_of) {
+        return [row_of, this](int64_t, int64_t, int64_t r) -> const T* {
+          return row_of(forest.order[r]);
+        };
+      };
+      const auto a = in_order(first), b = in_order(second);
+      const typename Gradient::template Features<std::decay_t<decltype(a)>> of_a{a, features};
+      const typename Gradient::template Features<std::decay_t<decltype(b)>> of_b{b, features};
+      Gradient::run(buffers.d_gates + rows.begin * width(s), width(s), time, rows, of_a, of_b,
+                    parts, true, half, buffers.product, team);
+    };
+    if (d_ih) {
+      const T* const x = static_cast<const T*>(call.x);
+      const auto x_row = [&](int64_t node) { return x + node * s.I; };
+      const auto x_part = [&](int gate, int count) {
+        return typename Gradient::Part{own + gate * H, count * H,
+                                       d_ih + Sizes::input_row(gate) * H * s.I, nullptr};
       };
       if constexpr (F == 0) {
-        const typename Gradient::Part parts[] = {
-            {0, G * H, first ? x_part(0) : nullptr, h_part(term, 0)}};
-        run(h_row, parts);
+        const typename Gradient::Part parts[] = {x_part(0, G)};
+        run(all, s.I, x_row, x_row, parts);
       } else {
-        // Of the gates in one run each: what lies together in torch's rows, too.
-        const typename Gradient::Part parts[] = {
-            {own, H, first ? x_part(0) : nullptr, h_part(term, s.hidden_row(0))},
-            {own + H, (G - 1) * H, first ? x_part(1) : nullptr, h_part(term, s.hidden_row(1))},
-            {own + G * H, H, first ? x_part(G) : nullptr, nullptr},
-            {0, own, nullptr, s.sums ? nullptr : h_part(term, Sizes::forget_row(0))}};
-        run(h_row, parts);
+        // The gates that lie together in torch's rows as well.
+        const typename Gradient::Part parts[] = {x_part(0, 1), x_part(1, G - 1), x_part(G, 1)};
+        run(all, s.I, x_row, x_row, parts);
       }
     }
-    if constexpr (F > 0) {
-      if (s.sums) {
-        const auto own_h = [&](int64_t, int64_t, int64_t r) { return h + r * H; };
-        const typename Gradient::Part parts[] = {{0, H, nullptr, h_part(0, Sizes::forget_row(0))}};
-        run(own_h, parts);
+    if (d_hh && inner.begin == inner.end) {
+      const Range mine = part(s.terms * rows_of_h * H, team.index, team.size);
+      std::memset(d_hh + mine.begin, 0, size_t(mine.end - mine.begin) * sizeof(T));
+    }
+    for (int term = 0; d_hh && inner.begin < inner.end && term < s.terms; term += 2) {
+      const auto h_row = [&](int which) {
+        return [which, this](int64_t node) {
+          const T* const from = s.operand(node, which, h, buffers.sums);
+          return from ? from : static_cast<const T*>(buffers.zeros);
+        };
+      };
+      const auto h_part = [&](int64_t column, int64_t count, int row) {
+        T* const to = d_hh + (term * rows_of_h + row * H) * H;
+        return typename Gradient::Part{column, count, to,
+                                       term + 1 < s.terms ? to + rows_of_h * H : nullptr};
+      };
+      if constexpr (F == 0) {
+        const typename Gradient::Part parts[] = {h_part(0, G * H, 0)};
+        run(inner, H, h_row(term), h_row(term + 1), parts);
+      } else {
+        const auto of_forget = h_part(0, own, Sizes::forget_row(0));
+        const typename Gradient::Part parts[] = {
+            h_part(own, H, s.hidden_row(0)), h_part(own + H, (G - 1) * H, s.hidden_row(1)),
+            s.sums ? typename Gradient::Part{0, own, nullptr, nullptr} : of_forget};
+        run(inner, H, h_row(term), h_row(term + 1), parts);
+        // Child-sum: those of the forget gates stand in the rows of the children.
+        const typename Gradient::Part forget[] = {of_forget};
+        const auto child = [&](int64_t node) { return h + node * H; };
+        if (s.sums) run(all, H, child, child, forget);
       }
     }
     if (!out.d_bias) return;
