@@ -1,17 +1,20 @@
 """TreeLSTM against the ways to write one in torch. `python -m fastcell_bench.trees`
 
-Two of them: the recursion over nodes that tutorials have, one torch call per node and gate; and a
-batched one, a level of all trees at a time, its index tensors made beforehand. All three compute from
-the same weights and are timed after outputs and gradients compared equal within rounding. Blocks
-alternate in one process; times are medians of blocks, ratios medians over pairs of neighbouring ones.
+Two of them: the recursion over nodes that tutorials have, some torch calls per node and gate; and a
+batched one, a level of all trees at a time, its index tensors made beforehand. All three compute
+from the same weights and are timed after outputs and gradients compared equal within rounding.
+Blocks alternate in one process; times are medians of blocks, ratios medians over pairs of
+neighbouring ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -133,8 +136,7 @@ def levels_of(trees: fastcell.Trees, arity: int | None) -> tuple[list[Level], Te
     place = torch.empty_like(schedule.order)
     place[schedule.order] = torch.arange(1, trees.nodes + 1)
     levels = []
-    offsets = schedule.level_offsets.tolist()
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in itertools.pairwise(schedule.level_offsets.tolist()):
         nodes = schedule.order[begin:end]
         at = torch.full((trees.nodes,), -1)
         at[nodes] = torch.arange(len(nodes))
@@ -149,9 +151,7 @@ def levels_of(trees: fastcell.Trees, arity: int | None) -> tuple[list[Level], Te
     return levels, place
 
 
-def batched(
-    layer: fastcell.TreeLSTM, x: Tensor, levels: list[Level], place: Tensor
-) -> Tensor:
+def batched(layer: fastcell.TreeLSTM, x: Tensor, levels: list[Level], place: Tensor) -> Tensor:
     """h of every node, a level at a time in torch's operations, input terms in one product."""
     w_hh, arity, hidden = layer.weight_hh, layer.arity, layer.hidden_size
     assert layer.bias_ih is not None
@@ -176,7 +176,7 @@ def batched(
             rows = torch.nn.functional.linear(
                 h_all.index_select(0, children.flatten()).view(len(nodes), -1), w_hh
             )
-            u_i, u_f, u_g, u_o = rows.split([hidden, arity * hidden, hidden, hidden], 1)
+            u_i, u_f, u_g, u_o = torch.split(rows, [hidden, arity * hidden, hidden, hidden], 1)
             forget = torch.sigmoid(f[:, None] + u_f.view(len(nodes), arity, hidden))
             c_children = c_all.index_select(0, children.flatten()).view(forget.shape)
             kept = (forget * c_children).sum(1)
@@ -215,7 +215,7 @@ def measure(shape: Shape, mode: str, blocks: int, min_time: float) -> dict[str, 
         for mine, other in zip(ours, run(form), strict=True):
             size = float(other.detach().square().mean().sqrt())
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * size)
-    fused, recursive, level = alternate([lambda f=f: run(f) for f in forms], blocks, min_time)
+    fused, recursive, level = alternate([partial(run, form) for form in forms], blocks, min_time)
     return {
         "shape": list(shape),
         "mode": mode,

@@ -2,8 +2,8 @@
 
 Notation, for one node j with the children 1 .. K (child-sum) or at the positions 1 .. N (N-ary):
 
-    x  (I,)   input of the node            W, U   weight_ih and weight_hh, in blocks of H rows, one per
-    h_k, c_k  states of child k                   gate: W_i, W_f, W_g, W_o; U_i, U_f, U_g, U_o
+    x  (I,)   input of the node            W, U   weight_ih and weight_hh, in blocks of H rows, one
+    h_k, c_k  states of child k                   per gate: W_i, W_f, W_g, W_o; U_i, U_f, U_g, U_o
     s  (.,)   what the gates i, g, o see   b, d   bias_ih and bias_hh, in blocks as well
     dv        gradient of the loss by v    *      elementwise product
 
@@ -152,9 +152,7 @@ def _lstm(tape: TreeTape, node: int, gx: Array) -> None:
     tape.saved[node] = (i, g, o, *forget)
 
 
-def backward(
-    tape: TreeTape, grads: Sequence[ArrayLike | None]
-) -> tuple[Array, list[Array]]:
+def backward(tape: TreeTape, grads: Sequence[ArrayLike | None]) -> tuple[Array, list[Array]]:
     """The gradients of x and of each weight, from those of the states (None: zero)."""
     x, w, states = tape.x, tape.weights, tape.states
     d_states = [
@@ -168,9 +166,7 @@ def backward(
         d_a[node], d_s = step(tape, node, d_states, d_u)
         for n, child in tape.children[node].items():
             hidden = states[0].shape[1]
-            d_states[0][child] += (
-                d_s if tape.arity is None else d_s[n * hidden : (n + 1) * hidden]
-            )
+            d_states[0][child] += d_s if tape.arity is None else d_s[n * hidden : (n + 1) * hidden]
     d_bias = [d_a.sum(axis=0)] * (len(w) - 2)
     return d_a @ w[0], [d_a.T @ x, d_u, *d_bias]
 

@@ -5,6 +5,7 @@ It serves where no kernel does: derivatives of derivatives, forward mode, torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,18 +75,17 @@ def _run(
         h = torch.stack([row[0] for row in rows]).reshape(shape)
         return h, h if count == 1 else torch.stack([row[1] for row in rows]).reshape(shape)
 
-    for begin, end in zip(level_offsets, level_offsets[1:], strict=False):
-        nodes = order[begin:end]
-        rows = terms.index_select(0, torch.tensor(nodes, device=input.device))
+    sizes = [end - begin for begin, end in itertools.pairwise(level_offsets)]
+    in_order = terms.index_select(0, schedule.order.to(input.device))
+    for begin, rows in zip(level_offsets, in_order.split(sizes), strict=False):
+        nodes = order[begin : begin + len(rows)]
         new = _step(config, rows, w_hh, gather(nodes))
         for node, *state in zip(nodes, *[s.unbind(0) for s in new], strict=True):
             states[node] = tuple(state)
     return tuple(torch.stack([s[i] for s in states]) for i in range(count))
 
 
-def _step(
-    config: Config, x: Tensor, w_hh: Tensor, below: _Children | None
-) -> tuple[Tensor, ...]:
+def _step(config: Config, x: Tensor, w_hh: Tensor, below: _Children | None) -> tuple[Tensor, ...]:
     """The states of some nodes; x: their input terms, biases included."""
     if config.cell != "tree_lstm":
         a = x if below is None else x + linear(_operand(x, below), w_hh)

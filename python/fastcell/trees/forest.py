@@ -70,8 +70,8 @@ class Forest:
 class Trees:
     """A batch of trees, ready to be run as often as wanted.
 
-    Making it sorts the nodes into levels, once; a layer then takes it with every call. Trees lie one
-    behind the other, as their rows of the input do.
+    Making it sorts the nodes into levels, once; a layer then takes it with every call. Trees lie
+    one behind the other, as their rows of the input do.
 
     Args:
         parents: (nodes,) int64, a tensor or what torch.as_tensor takes. The index of each node's
@@ -94,7 +94,8 @@ class Trees:
     Raises:
         TypeError: an array of another dtype than int64.
         ValueError: arrays of wrong shapes, or a tree that is none: no root or several, a parent
-            outside of the tree, a cycle, two children at one position. The text names tree and node.
+            outside of the tree, a cycle, two children at one position. The text names tree and
+            node.
 
     >>> trees = Trees([1, -1, 1, -1], sizes=[3, 1])  # a root with two children; a root alone
     >>> trees.roots.tolist(), trees.levels

@@ -18,6 +18,7 @@ __all__ = ["TreeLSTM", "TreeRNN"]
 class _TreeLayer(torch.nn.Module):
     """What the two have in common: sizes and parameters, named as those of torch.nn's cells."""
 
+    config: Config
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None
@@ -41,10 +42,10 @@ class _TreeLayer(torch.nn.Module):
             )
         self.input_size, self.hidden_size = input_size, hidden_size
         self.arity, self.bias = arity, bias
-        self._config = Config(cell, checked_arity(arity), bias)
+        self.config = Config(cell, checked_arity(arity), bias)
         for name in ("bias_ih", "bias_hh"):
             self.register_parameter(name, None)
-        for name, shape in self._config.weight_shapes(input_size, hidden_size).items():
+        for name, shape in self.config.weight_shapes(input_size, hidden_size).items():
             parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         self.reset_parameters()
@@ -61,7 +62,7 @@ class _TreeLayer(torch.nn.Module):
         return text if self.bias else f"{text}, bias=False"
 
     def _weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._config.weight_shapes(0, 1)]
+        return [getattr(self, name) for name in self.config.weight_shapes(0, 1)]
 
 
 class TreeLSTM(_TreeLayer):

@@ -1,8 +1,8 @@
 """One call over trees: the path it takes, its derivatives, and its operators.
 
-As for sequences (``fastcell.ops``): plain tensors on the CPU go straight to the kernels, where torch
-must see one operator they run behind ``fastcell::tree``, and what no kernel serves runs in torch
-operations.
+As for sequences (``fastcell.ops``): plain tensors on the CPU go straight to the kernels, where
+torch must see one operator they run behind ``fastcell::tree``, and what no kernel serves runs in
+torch operations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..engines import why_no_kernels
 from ..operators import is_plain
 from . import composite, cpu
 from .cells import SPECS, Config
-from .checks import check_operands
+from .checks import check_dtypes, check_operands
 from .forest import Forest, Schedule, Trees
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -57,7 +57,7 @@ def route(input: Tensor, weights: Sequence[Tensor]) -> str:
     missing = no_kernels_for(input.device)
     if missing:
         return ops._without_kernel(missing)
-    if transforms.transformed():
+    if not torch.compiler.is_compiling() and transforms.transformed():
         return "composite"
     return ops.route(input, weights)
 
@@ -201,8 +201,9 @@ def _checked(
             f"fastcell's kernels for trees take float32 or float64 on cpu, got {input.dtype} on "
             f"{input.device}"
         )
-    check_operands(config, input, weights, parents.shape[0])
-    nodes = parents.shape[0]
+    nodes = parents.numel()
+    check_operands(config, input, weights, nodes)
+    check_dtypes(input, weights)
     for name, t in (("parents", parents), ("positions", positions)):
         if t.dtype is not torch.int64 or t.shape != (nodes,) or not t.is_cpu:
             raise RuntimeError(
