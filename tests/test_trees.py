@@ -652,6 +652,11 @@ def test_transforms_of_torch_func():
     rows = torch.func.jacrev(h)(x)
     expected = (rows * direction).sum((-2, -1))
     assert_close(tangent, expected, dtype=F64, steps=5, length=30)
+    leaf = x.clone().requires_grad_()
+    some = torch.randn(3, *h(x).shape, dtype=F64)
+    (together,) = torch.autograd.grad(h(leaf), leaf, some, is_grads_batched=True)
+    each = [torch.autograd.grad(h(leaf), leaf, one)[0] for one in some]
+    assert_close(together, torch.stack(each), dtype=F64, steps=5, length=30)
     loss = torch.func.grad(lambda x: h(x).square().sum())(x)
     leaf = x.clone().requires_grad_()
     (truth,) = torch.autograd.grad(h(leaf).square().sum(), leaf)

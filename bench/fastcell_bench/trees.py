@@ -47,7 +47,7 @@ SHAPES = (
     Shape("constituency", 1, 39, 300, 150),
     Shape("dependency", 25, 19, 300, 168),
     Shape("dependency", 1, 19, 300, 168),
-    Shape("complete", 64, 127, 128, 128),
+    Shape("complete", 16, 127, 128, 128),
     Shape("chain", 1, 100, 128, 128),
 )
 

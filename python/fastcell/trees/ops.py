@@ -26,6 +26,7 @@ from .checks import check_dtypes, check_operands
 from .forest import Forest, Schedule, Trees
 
 _NARROW = (torch.bfloat16, torch.float16)
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def tree(
@@ -112,7 +113,8 @@ class TreeFunction(Function):
         config, schedule, needs = ctx.config, ctx.schedule, ctx.needs_input_grad[4:]
         count = SPECS[config.cell].states
         states, input, weights = tensors[:count], tensors[count], tensors[count + 1 :]
-        if torch.is_grad_enabled() or transforms.transformed():
+        batched = any([g is not None and _is_legacy_batched(g) for g in grads])
+        if torch.is_grad_enabled() or transforms.transformed() or batched:
             if schedule is None:
                 schedule = Forest(parents, positions).schedule
             found = _composite_backward(config, schedule, grads, input, weights, needs)
