@@ -690,6 +690,13 @@ def test_copies():
     assert_same_bits(problem.call(layer, strided), expected)
 
 
+def test_the_page_is_right():
+    from test_readme import ROOT, blocks, run
+
+    (source,) = blocks(ROOT / "docs" / "trees.md", "python")
+    assert isinstance(run([source])["trees"], Trees)
+
+
 # --- trees that are none --------------------------------------------------------------------------
 
 
