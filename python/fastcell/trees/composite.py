@@ -77,7 +77,7 @@ def _run(
 
     sizes = [end - begin for begin, end in itertools.pairwise(level_offsets)]
     in_order = terms.index_select(0, schedule.order.to(input.device))
-    for begin, rows in zip(level_offsets, in_order.split(sizes), strict=False):
+    for begin, rows in zip(level_offsets, torch.split(in_order, sizes), strict=False):
         nodes = order[begin : begin + len(rows)]
         new = _step(config, rows, w_hh, gather(nodes))
         for node, *state in zip(nodes, *[s.unbind(0) for s in new], strict=True):
