@@ -668,6 +668,7 @@ def test_explain_says_what_will_run(monkeypatch):
     found = fastcell.explain(layer, torch.zeros(2, 3))
     assert (found.engine, found.path, found.gradients) == ("cpu", "kernel", True)
     assert "TreeLSTM(3, 4, arity=2)" in str(found)
+    assert "packed by every call" in str(found)
     assert fastcell.explain(layer, torch.zeros(2, 3, device="meta")).path == "operator"
     assert fastcell.explain(layer.bfloat16()).arithmetic is F32
     monkeypatch.setattr(tree_ops, "no_kernels_for", lambda device: "trees here")

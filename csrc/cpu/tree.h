@@ -23,7 +23,6 @@ template <class T, class Cell>
 struct TreeSizes {
   static constexpr int G = Cell::gates;
   static constexpr int F = Cell::forgets;
-  static constexpr int kInputGates = G + F;
 
   const Forest& forest;
   const int64_t I, H;

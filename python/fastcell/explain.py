@@ -91,6 +91,8 @@ class Explanation:
             if self.autocast is not None or (narrow and self.gradients):
                 when = "converted and packed by every call"
             weights = f"{self.packed_bytes:,} bytes, {when}"
+        elif self.engine == "cpu":  # over trees
+            weights = "packed by every call"
         if self.engine == "cuda":
             weights = "brought into the kernels' order by every call"
         shared = f": {self.schedule}" if self.schedule else ""
