@@ -692,7 +692,13 @@ def test_copies():
 
 
 def test_the_page_is_right():
+    import doctest
+
+    from fastcell.trees import forest
     from test_readme import ROOT, blocks, run
+
+    for module, examples in ((forest, 2), (reference.tree, 5)):
+        assert doctest.testmod(module) == doctest.TestResults(0, examples)
 
     (source,) = blocks(ROOT / "docs" / "trees.md", "python")
     assert isinstance(run([source])["trees"], Trees)
