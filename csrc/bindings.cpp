@@ -20,6 +20,7 @@
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
 #include "small_call.h"
+#include "tree_bindings.h"
 
 namespace py = pybind11;
 
@@ -789,6 +790,7 @@ PYBIND11_MODULE(_core, m) {
       "cuda_report", [] { return std::string(cuda::report_json()); },
       "What the compiler said of the CUDA kernels, as JSON.");
   bind_cuda(m);
+  bind_trees(m, kernels);
 }
 
 }  // namespace fastcell

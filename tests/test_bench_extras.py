@@ -294,3 +294,20 @@ def test_deep_stacks_with_and_without_a_wavefront(tmp_path, capsys):
     assert not found["inference"]
     assert not found["training"]
     assert "GRU:60:1:64:64" in capsys.readouterr().out
+
+
+def test_trees_against_loops(tmp_path, capsys):
+    from fastcell_bench import trees
+
+    out = tmp_path / "trees.json"
+    shapes = ["constituency:3:9:4:5", "dependency:2:7:4:5", "complete:1:7:3:4", "chain:1:5:3:4"]
+    arguments = [word for shape in shapes for word in ("--shape", shape)]
+    arguments += ["--blocks", "2", "--min-time", "0.001", "--json", str(out)]
+    assert trees.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["inference"] * 4 + ["training"] * 4
+    assert all(min(row["seconds"], row["batched"], row["recursion"]) > 0 for row in rows)
+    assert "constituency:3:9:4:5" in capsys.readouterr().out
+    for wrong in ("forest:1:2:3:4", "chain:1:2:3", "chain:1:2:3:x"):
+        with pytest.raises(SystemExit):
+            trees.main(["--shape", wrong])

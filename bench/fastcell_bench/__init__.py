@@ -16,5 +16,6 @@ Commands of their own, `python -m fastcell_bench.NAME`:
 
 sweep.py, sweep_plot.py    curves over T, B, H and threads, and the roofline
 variants.py    fastcell against itself: small weights, recomputation
+trees.py       TreeLSTM against loops over nodes and over levels in torch
 accuracy.py    errors against float64, fastcell's and torch's
 """

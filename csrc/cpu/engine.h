@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/stack.h"
+#include "../common/tree.h"
 #include "team.h"
 
 namespace fastcell {
@@ -28,6 +29,23 @@ struct CellTable {
   int count;
 };
 
+// The kernels of one recursive cell at one dtype.
+struct TreeCellKernels {
+  const char* name;
+  int states;
+  int gates, forgets;  // of a node, and of each of its children
+  int lanes;
+  int64_t (*forward_workspace)(const TreeCall&, int threads);
+  int64_t (*backward_workspace)(const TreeCall&, int threads);
+  void (*forward)(const TreeCall&, const TreeGradients*, const Team&);
+  void (*backward)(const TreeCall&, const TreeGradients*, const Team&);
+};
+
+struct TreeKernels {
+  int cell_count;
+  const TreeCellKernels* cells[kDTypes];
+};
+
 struct Kernels {
   const char* isa;
   CellTable narrow_cells[kDTypes][kProducts];  // of count 0: there are none
@@ -38,6 +56,7 @@ struct Kernels {
   // For the benchmark's limits: FMA operations done, and bytes read (`sink` keeps them alive).
   int64_t (*run_fma)(int64_t rounds, float* sink);
   void (*read)(const float* from, int64_t count, float* sink);
+  const TreeKernels* trees;
 };
 
 // The instruction sets compiled in, lowest first, and whether this CPU has them.

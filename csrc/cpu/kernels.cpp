@@ -98,6 +98,7 @@ constexpr CellTable table_of(const CellKernels (&cells)[n]) {
 
 }  // namespace
 
+extern const TreeKernels tree_table;
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
@@ -109,6 +110,7 @@ const Kernels table = {
     sigmoid_array,
     run_fma,
     read_array,
+    &tree_table,
 };
 
 }  // namespace fastcell::FASTCELL_ISA

@@ -22,6 +22,7 @@ from .info import info
 from .modules import GRU, LSTM, RNN, IndRNN, LeakyRNN
 from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream
+from .trees import TreeLSTM, TreeRNN, Trees
 
 __all__ = [
     "GRU",
@@ -35,6 +36,9 @@ __all__ = [
     "QuantizedLayer",
     "RNNCell",
     "Stream",
+    "TreeLSTM",
+    "TreeRNN",
+    "Trees",
     "__version__",
     "convert",
     "cuda",

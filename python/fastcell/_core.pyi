@@ -382,3 +382,82 @@ class CudaPlan:
 
         Raises RuntimeError if a launch fails.
         """
+
+def tree_levels(
+    nodes: int,
+    parents: int,
+    number: bool,
+    positions: int,
+    order: int,
+    level_offsets: int,
+    child_offsets: int,
+    children: int,
+) -> tuple[int, int, int, str, int]:
+    """Sort the nodes of trees into levels: csrc/cpu/tree_levels.h.
+
+    ``parents``: (nodes,) in -1 .. nodes - 1; ``positions``: read, or with ``number`` written. Room
+    for nodes + 1 numbers at both offsets, for ``nodes`` at the others.
+
+    (levels, most children, highest position, fault, node): ``fault`` is ``""``, ``"cycle"`` or
+    ``"same position"``, ``node`` where it is.
+    """
+
+class Tree:
+    """A recursive cell at its sizes, with the kernels that run it."""
+
+    def __init__(self, cell: str, dtype: str, input: int, hidden: int, arity: int) -> None:
+        """``cell``: a key of ``fastcell.trees.cells.SPECS``; ``arity``: 0 for sums over children.
+
+        Raises ValueError for a name or a size that there is not.
+        """
+
+    @property
+    def kept_elements(self) -> int:
+        """Elements that a forward call keeps per node for its backward call."""
+
+    def forward_workspace(self, nodes: int, keep: bool, /) -> int:
+        """Bytes that ``forward`` needs at ``workspace``."""
+
+    def backward_workspace(self, nodes: int, threads: int, /) -> int:
+        """Bytes that ``backward`` needs at ``workspace``."""
+
+    def forward(
+        self,
+        forest: Sequence[int],
+        nodes: int,
+        levels: int,
+        x: int,
+        weights: Sequence[int],
+        h: int,
+        c: int,
+        kept: int,
+        workspace: int,
+        threads: int,
+        /,
+    ) -> None:
+        """Run the trees; with ``kept`` keep what ``backward`` needs.
+
+        ``forest``: the pointers of Forest in csrc/common/tree.h, in order; ``weights``: of w_ih,
+        w_hh, b_ih, b_hh, the last two 0 without biases. Raises ValueError for other numbers.
+        """
+
+    def backward(
+        self,
+        forest: Sequence[int],
+        nodes: int,
+        levels: int,
+        x: int,
+        weights: Sequence[int],
+        h: int,
+        c: int,
+        kept: int,
+        gradients: Sequence[int],
+        workspace: int,
+        threads: int,
+        /,
+    ) -> None:
+        """Write the gradients whose pointers are given.
+
+        ``gradients``: of h and c (0: zero), then of x, w_ih, w_hh as (positions, rows, hidden), and
+        of either bias (0: not asked for). Raises ValueError for other numbers of them.
+        """

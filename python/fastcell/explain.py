@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, cuda, ops
+from . import _core, cuda, ops, transforms
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import NARROW_CELLS, cell_of, spec_of
 from .cpu import row_offsets
@@ -18,6 +18,9 @@ from .modules import GRU, LSTM, RNN, IndRNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
 from .quantized import QuantizedCell, QuantizedLayer
+from .trees import ops as tree_ops
+from .trees.cells import SPECS
+from .trees.modules import TreeLSTM, TreeRNN
 
 _LAYERS = (RNN, IndRNN, LSTM, GRU)
 _CELLS = (RNNCell, LSTMCell, GRUCell)
@@ -88,6 +91,8 @@ class Explanation:
             if self.autocast is not None or (narrow and self.gradients):
                 when = "converted and packed by every call"
             weights = f"{self.packed_bytes:,} bytes, {when}"
+        elif self.engine == "cpu":  # over trees
+            weights = "packed by every call"
         if self.engine == "cuda":
             weights = "brought into the kernels' order by every call"
         shared = f": {self.schedule}" if self.schedule else ""
@@ -121,7 +126,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
     call are those that the module's own call would meet.
 
     Args:
-        module: a fastcell layer or cell, also a quantized one.
+        module: a fastcell layer or cell, also a quantized one, or one over trees.
         input: what the module would be called with; without it, the schedule stays unknown and the
             path is that of a plain tensor on the parameters' device.
 
@@ -130,6 +135,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         ValueError: the input's rank fits no call of the layer.
         RuntimeError: the weights do not fit each other or the input.
     """
+    if isinstance(module, (TreeLSTM, TreeRNN)):
+        return _explain_trees(module, input)
     if not isinstance(module, (*_LAYERS, *_CELLS, *_QUANTIZED)):
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         hint = "; fastcell.convert(model) swaps torch.nn's layers for fastcell's"
@@ -205,6 +212,43 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         and autocast is None
         and not (gradients and arithmetic is not dtype)
         and packed_bytes(weights) > 0,
+    )
+
+
+def _explain_trees(
+    module: TreeLSTM | TreeRNN, input: Tensor | PackedSequence | None
+) -> Explanation:
+    """Of a layer over trees: its weights are packed by every call; the trees decide on threads."""
+    weights = list(module.parameters())
+    stand_in = weights[0] if input is None or isinstance(input, PackedSequence) else input
+    device, dtype = stand_in.device, stand_in.dtype
+    missing = tree_ops.no_kernels_for(device)
+    path = "composite" if missing or transforms.transformed() else ops.route(stand_in, weights)
+    like = SPECS[module.config.cell].like
+    autocast = _autocast_dtype(like, dtype, device.type, False)
+    arithmetic = autocast or dtype
+    if arithmetic in (torch.bfloat16, torch.float16):
+        arithmetic = torch.float32
+    engine = "torch" if path == "composite" else device.type
+    reason = (
+        f"no kernels for {missing}" if missing else "a transform of torch.func, or forward mode"
+    )
+    return Explanation(
+        layer=f"fastcell.{module}",
+        engine=engine,
+        path=path,
+        reason=_REASONS.get(path, reason),
+        device=str(device),
+        dtype=dtype,
+        autocast=autocast,
+        arithmetic=arithmetic,
+        products="exact",
+        gradients=torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, stand_in)),
+        isa=_core.isa() if engine == "cpu" else None,
+        threads=torch.get_num_threads(),
+        schedule="the hidden units and the nodes of a level, one barrier per level",
+        packed_bytes=None,
+        packed=False,
     )
 
 

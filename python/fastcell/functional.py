@@ -27,8 +27,17 @@ from .cells import (
 )
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .ragged import checked_lengths, run_ragged
+from .trees.functional import tree_lstm, tree_rnn
 
-__all__ = ["gru", "independent_rnn", "leaky_rnn", "lstm", "rnn"]
+__all__ = [
+    "gru",
+    "independent_rnn",
+    "leaky_rnn",
+    "lstm",
+    "rnn",
+    "tree_lstm",
+    "tree_rnn",
+]
 
 Sequences: TypeAlias = Tensor | PackedSequence
 In = TypeVar("In", Tensor, PackedSequence)  # the output has the type of the input

@@ -566,6 +566,8 @@ void check_function(const char* name, void (*kernel)(DType, const void*, void*, 
 
 }  // namespace
 
+#include "trees.h"
+
 int main() {
   const char* error = nullptr;
   const Kernels* kernels = choose_kernels(std::getenv("FASTCELL_ISA"), &error);
@@ -596,6 +598,7 @@ int main() {
       ++count;
     }
   }
+  check_trees(*kernels);
   check_function("tanh", kernels->tanh, [](double x) { return std::tanh(x); });
   check_function("sigmoid", kernels->sigmoid, sigmoid);
   std::printf("%s: %d cases, %d failures\n", kernels->isa, count, failures);
