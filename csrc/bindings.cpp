@@ -17,6 +17,7 @@
 #include "cpu/engine.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
+#include "reservoir_bindings.h"
 #include "small_call.h"
 
 namespace py = pybind11;
@@ -758,6 +759,7 @@ PYBIND11_MODULE(_core, m) {
       "cuda_report", [] { return std::string(cuda::report_json()); },
       "What the compiler said of the CUDA kernels, as JSON.");
   bind_cuda(m);
+  bind_reservoir(m, &kernels);
 }
 
 }  // namespace fastcell

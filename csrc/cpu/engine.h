@@ -22,10 +22,13 @@ struct CellKernels {
   void (*backward)(const BackwardCall&, const Team&, Barrier*);
 };
 
+struct ReservoirKernels;  // reservoir_call.h
+
 struct Kernels {
   const char* isa;
   int cell_count;
   const CellKernels* cells[kDTypes][kProducts];  // null: there are none
+  const ReservoirKernels* reservoir;  // [kDTypes]
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);

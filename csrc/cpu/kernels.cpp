@@ -8,6 +8,7 @@
 #include "engine.h"
 #include "forward.h"
 #include "measure.h"
+#include "reservoir_call.h"
 
 #define FASTCELL_STRING_(x) #x
 #define FASTCELL_STRING(x) FASTCELL_STRING_(x)
@@ -79,12 +80,14 @@ constexpr auto& plain_cells = cells_of<float, Exact<float>>;
 
 }  // namespace
 
+extern const ReservoirKernels reservoir_kernels[kDTypes];  // reservoir_kernels.cpp
 extern const Kernels table;
 const Kernels table = {
     FASTCELL_STRING(FASTCELL_ISA),
     int(sizeof plain_cells / sizeof *plain_cells),
     {{plain_cells, cells_of<float, BFloat16>, cells_of<float, Int8>},
      {cells_of<double, Exact<double>>, nullptr, nullptr}},
+    reservoir_kernels,
     tanh_array,
     sigmoid_array,
     run_fma,
