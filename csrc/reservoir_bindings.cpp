@@ -49,6 +49,11 @@ class BoundReservoir {
     call_.alpha = reinterpret_cast<const void*>(alpha);
   }
 
+  // Every call in this way from now on, whatever it costs; 0 groups: as the sizes suggest again.
+  void force_schedule(int batch_groups, int unit_threads) {
+    forced_ = {1, batch_groups, unit_threads};
+  }
+
   int64_t workspace_bytes(int64_t samples, int threads) const {
     ReservoirCall call = call_;
     call.samples = samples;
@@ -71,7 +76,7 @@ class BoundReservoir {
     call.states = states.empty() ? nullptr : reinterpret_cast<void* const*>(states.data());
     call.state = reinterpret_cast<void*>(state);
     call.workspace = reinterpret_cast<void*>(workspace);
-    call.schedule = schedule_of(call, kernels_, threads);
+    call.schedule = forced_.batch_groups > 0 ? forced_ : schedule_of(call, kernels_, threads);
     struct Job {
       const ReservoirCall& call;
       const ReservoirKernels& kernels;
@@ -89,6 +94,7 @@ class BoundReservoir {
  private:
   const ReservoirKernels& kernels_;
   ReservoirCall call_{};
+  Schedule forced_{};
 };
 
 }  // namespace
@@ -108,6 +114,7 @@ void bind_reservoir(py::module_& module, const Kernels& (*kernels)()) {
            py::arg("float64"), py::arg("units"), py::arg("inputs"), py::arg("offsets"),
            py::arg("columns"), py::arg("values"), py::arg("input_weights"), py::arg("bias"),
            py::arg("alpha"))
+      .def("force_schedule", &BoundReservoir::force_schedule)
       .def("workspace_bytes", &BoundReservoir::workspace_bytes)
       .def("run", &BoundReservoir::run);
 }

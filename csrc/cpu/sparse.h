@@ -9,34 +9,26 @@
 // architectures" (2010).
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace fastcell::FASTCELL_ISA {
 
-// from[index[i]], lane by lane.
-template <class T>
-FASTCELL_INLINE Vec<T> gather(const T* from, const int32_t* index) {
-  using V = Vec<T>;
-  // (The masked forms: gcc 12 warns within its header of the others.)
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512i at = _mm512_loadu_si512(index);
-    return V(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), __mmask16(-1), at, from, 4));
-  } else {
-    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
-    return V(_mm512_mask_i32gather_pd(_mm512_setzero_pd(), __mmask8(-1), at, from, 8));
-  }
-#else
-  V r(T(0));
-  for (int i = 0; i < V::lanes; ++i) r.v[i] = from[index[i]];
-  return r;
-#endif
+// from[index[i]], lane by lane. By loads of single numbers, put together in registers: the gather
+// instructions take longer than that (AVX-512 on Zen 5: a whole step 1.5 times as long for float,
+// twice and more for double).
+template <class T, int... i>
+FASTCELL_INLINE Vec<T> gather(const T* from, const int32_t* index,
+                              std::integer_sequence<int, i...>) {
+  return Vec<T>(typename Raw<T>::type{from[index[i]]...});
 }
 
 template <class T>
 struct SparseSlices {
   using V = Vec<T>;
   static constexpr int lanes = V::lanes;
+  using Lanes = std::make_integer_sequence<int, lanes>;
 
   const int64_t* offsets;
   const int32_t* columns;
@@ -45,7 +37,7 @@ struct SparseSlices {
   // sum += slice s times one vector.
   FASTCELL_INLINE void add_product(int64_t s, const T* vector, V& sum) const {
     for (int64_t k = offsets[s]; k < offsets[s + 1]; ++k) {
-      sum = fma(V::load(values + k * lanes), gather(vector, columns + k * lanes), sum);
+      sum = fma(V::load(values + k * lanes), gather(vector, columns + k * lanes, Lanes()), sum);
     }
   }
 

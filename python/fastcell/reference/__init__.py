@@ -3,7 +3,7 @@
 The fast kernels are tested against this package. It computes in the dtype it is given (float16,
 float32, float64, longdouble), imports nothing but NumPy, and says each equation once, beside its
 source: start at cells.py (one step), then sequence.py (the time loop) and stack.py (layers and
-directions).
+directions). reservoir.py is the echo state network.
 
 >>> import numpy as np
 >>> from fastcell import reference
@@ -20,7 +20,8 @@ directions).
 ((5, 2, 3), [(12, 3), (12, 4), (12,), (12,)])
 """
 
+from . import reservoir
 from .cells import CELLS
 from .stack import Gradients, Result, Tape, backward, forward
 
-__all__ = ["CELLS", "Gradients", "Result", "Tape", "backward", "forward"]
+__all__ = ["CELLS", "Gradients", "Result", "Tape", "backward", "forward", "reservoir"]

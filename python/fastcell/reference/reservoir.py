@@ -19,8 +19,8 @@ def run(
 
         v_t = tanh(W_in x_t + b + W h_{t-1})        h_t = (1 - leak) * h_{t-1} + leak * v_t
 
-    ``input_weights`` (H, I), ``recurrent`` (H, H), dense; ``bias``, ``leak`` and the ``state`` before
-    the first step (H,). The step is that of ``LeakyTanh``, whose α is 1 - leak.
+    ``input_weights`` (H, I), ``recurrent`` (H, H), dense; ``bias``, ``leak`` and the ``state``
+    before the first step (H,). The step is that of ``LeakyTanh``, whose α is 1 - leak.
     """
     weights = {
         "weight_hh": recurrent,

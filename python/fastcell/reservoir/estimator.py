@@ -28,7 +28,7 @@ from .weights import Array, Weights, random_topology, scaled
 _PIECE = 1 << 20
 
 
-class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
+class ReservoirRNN(
     ClassNamePrefixFeaturesOutMixin, TransformerMixin, RegressorMixin, BaseEstimator
 ):
     """An echo state network: fixed random leaky units, and a linear readout that is trained alone.
@@ -82,6 +82,8 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
     networks", GMD report 148 (2001); M. Lukoševičius, "A practical guide to applying echo state
     networks" (2012).
     """
+
+    _state: Array  # final one of the last call that fitted
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
     def _fit(self, X: Any, y: Any, reset: bool, continues: bool) -> ReservoirRNN:
         washout = _number("washout", self.washout, Integral, 0)
         ridge = _number("ridge", self.ridge, Real, 0)
-        if continues and (reset or self._state is None):
+        if continues and reset:
             raise ValueError("continues=True needs a previous call of fit or partial_fit")
         sequences, form = self._check_inputs(X, reset)
         sequences, targets, flat = _pairs(sequences, y, form)
@@ -281,8 +283,8 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
         for k in range(steps):
             if k > 0:
                 _, state = self._units.run(list(x[:, None]), state, False)
-            x = results[:, k] = self._read(x, state)
-            x = np.ascontiguousarray(x)
+            results[:, k] = self._read(x, state)
+            x = np.ascontiguousarray(results[:, k])
         return form.give(list(results[..., 0] if self._flat else results))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -348,9 +350,7 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
     def _zeros(self, sequences: int) -> Array:
         return np.zeros((sequences, self._n_features_out), self.bias_.dtype)
 
-    def _pieces(
-        self, sequences: Sequence[Array], state: Array
-    ) -> Iterator[tuple[int, int, Array]]:
+    def _pieces(self, sequences: Sequence[Array], state: Array) -> Iterator[tuple[int, int, Array]]:
         """(sequence, first step, states) of pieces of all sequences; leaves the final states."""
         length = max(1, _PIECE // state.size)
         for begin in range(0, max(map(len, sequences)), length):
@@ -361,7 +361,7 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
                 yield b, begin, piece
 
     def _read(self, x: Array, states: Array) -> NDArray[np.float64]:
-        # A product for each row: one of all rows would sum in an order that depends on their number.
+        # A product for each row: the order of sums of one of all rows depends on their number.
         z = np.concatenate([x, states], axis=1, dtype=np.float64)
         y: NDArray[np.float64] = (z[:, None] @ self._weights_out.T)[:, 0] + self._bias_out
         return y
@@ -369,7 +369,7 @@ class ReservoirRNN(  # type: ignore[misc]  # scikit-learn has no types
 
 def _pairs(
     sequences: list[Array], y: Any, form: Form
-) -> tuple[list[Array], list[Array], bool]:
+) -> tuple[list[Array], list[NDArray[np.float64]], bool]:
     """Inputs, targets (T, O) in float64, and whether those came with one dimension."""
     if y is None:
         shortest = min(map(len, sequences))

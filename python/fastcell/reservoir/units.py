@@ -19,8 +19,9 @@ from .. import _core, functional
 from ..cpu import scratch
 from .weights import Array, Weights
 
-# Part of W that is not 0 from which the dense kernel is the faster one (docs/reservoir.md).
-DENSE_FROM = 0.15
+# Part of W that is not 0 from which the dense kernel is the faster one for few sequences
+# (docs/reservoir.md, "Sparse or dense").
+DENSE_FROM = {np.dtype(np.float32): 0.15, np.dtype(np.float64): 0.25}
 
 
 class Units(Protocol):
@@ -41,7 +42,7 @@ class Units(Protocol):
 def units_of(weights: Weights) -> Units:
     """The kernel for these weights."""
     part = weights.recurrent.nnz / len(weights.bias) ** 2
-    return DenseUnits(weights) if part >= DENSE_FROM else SparseUnits(weights)
+    return DenseUnits(weights) if part >= DENSE_FROM[weights.bias.dtype] else SparseUnits(weights)
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -92,7 +93,7 @@ class SparseUnits:
             _in_slices(weights.bias[:, None], lanes),
             _in_slices(alpha[:, None], lanes),
         )
-        self._bound = _core.Reservoir(
+        self.bound = _core.Reservoir(
             float64, units, inputs, *[_core.address(array) for array in self._packed]
         )
 
@@ -111,8 +112,8 @@ class SparseUnits:
         if keep:
             states = [_empty((length, units), self._dtype) for length in lengths]
         threads = torch.get_num_threads()
-        workspace, _fresh = scratch(self._bound.workspace_bytes(len(order), threads))
-        self._bound.run(
+        workspace, _fresh = scratch(self.bound.workspace_bytes(len(order), threads))
+        self.bound.run(
             lengths,
             [_core.address(sequences[b]) for b in order],
             [_core.address(array) for array in states],
