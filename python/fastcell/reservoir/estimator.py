@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -268,6 +269,9 @@ class ReservoirRNN(
 
         Raises:
             ValueError: the network has not as many outputs as inputs; X or ``steps`` not as above.
+
+        Warns:
+            RuntimeWarning: the outputs ran away to what is not finite.
         """
         steps = int(_number("steps", steps, Integral, 1))
         sequences, form, state = self._begin(X, initial_state)
@@ -279,12 +283,23 @@ class ReservoirRNN(
             )
         _, state = self._units.run(sequences, state, False)
         x = np.stack([sequence[-1] for sequence in sequences])
+        state = np.ascontiguousarray(state)
+        step = self._units.stepper(x, state)
         results = np.empty((len(sequences), steps, self._outputs), x.dtype)
-        for k in range(steps):
-            if k > 0:
-                _, state = self._units.run(list(x[:, None]), state, False)
-            results[:, k] = self._read(x, state)
-            x = np.ascontiguousarray(results[:, k])
+        with np.errstate(over="ignore", invalid="ignore"):
+            for k in range(steps):
+                if k > 0:
+                    step()
+                results[:, k] = self._read(x, state)
+                x[:] = results[:, k]
+        finite = np.isfinite(results).all(axis=(0, 2))
+        if not finite.all():
+            warnings.warn(
+                f"the outputs ran away, and are not finite from step {finite.argmin()} of {steps} "
+                "on: fed back, the readout is unstable; a longer warm-up or a larger ridge helps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return form.give(list(results[..., 0] if self._flat else results))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:

@@ -8,7 +8,7 @@ runs depends on the weights alone, so that results never depend on how they are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +36,12 @@ class Units(Protocol):
             sequences: B arrays (T, I), T >= 1, C-contiguous, of the weights' dtype.
             state: (B, H), before the first step.
             keep: whether states are wanted; else the list is empty.
+        """
+
+    def stepper(self, x: Array, state: Array) -> Callable[[], None]:
+        """What takes ``state`` (B, H) one step on by the inputs x (B, I), in place, at each call.
+
+        Both are C-contiguous arrays of the weights' dtype, to be written between the calls.
         """
 
 
@@ -124,6 +130,27 @@ class SparseUnits:
         back = np.argsort(order)
         return [states[i] for i in back] if keep else [], final[back]
 
+    def stepper(self, x: Array, state: Array) -> Callable[[], None]:
+        samples, threads = len(x), torch.get_num_threads()
+        # Not the calling thread's scratch: the caller may be another thread next time.
+        workspace = torch.empty(
+            self.bound.workspace_bytes(samples, threads), dtype=torch.uint8, device="cpu"
+        )
+        rows = [_core.address(row) for row in x]
+        arguments: Any = (
+            [1] * samples,
+            rows,
+            [],
+            _core.address(state),
+            workspace.data_ptr(),
+            threads,
+        )
+
+        def step(keep: tuple[Any, ...] = (x, state, workspace)) -> None:
+            self.bound.run(*arguments)
+
+        return step
+
 
 class DenseUnits:
     """By LeakyRNN's kernel."""
@@ -157,3 +184,9 @@ class DenseUnits:
             )
         states = [output[:length, b].numpy() for b, length in enumerate(lengths)] if keep else []
         return states, final[0].numpy()
+
+    def stepper(self, x: Array, state: Array) -> Callable[[], None]:
+        def step() -> None:
+            state[:] = self.run(list(x[:, None]), state, False)[1]
+
+        return step
