@@ -174,7 +174,9 @@ class DenseUnits:
     ) -> tuple[list[Array], Array]:
         lengths = [len(sequence) for sequence in sequences]
         equal = len(set(lengths)) == 1
-        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s) for s in sequences])
+        # (A tensor of memory that must not be written warns.)
+        writable = [np.require(sequence, requirements="W") for sequence in sequences]
+        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(array) for array in writable])
         with torch.no_grad():
             output, final = functional.leaky_rnn(
                 x,
