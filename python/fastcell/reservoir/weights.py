@@ -12,8 +12,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigs
 
 Array = NDArray[np.floating[Any]]
 
-# Up to this size all eigenvalues of the dense matrix take no longer than an iteration's few.
-_DENSE_EIGENVALUES = 400
+# Up to this size all eigenvalues of the dense matrix are found at once; up to the other, where the
+# iteration does not converge: it takes a minute.
+_DENSE_FIRST, _DENSE_LAST = 100, 4000
+# Vectors that the iteration holds: more of them tell eigenvalues apart that lie closer together.
+_ARNOLDI_VECTORS = (64, 256)
 
 
 class Weights(NamedTuple):
@@ -47,6 +50,9 @@ def spectral_radius(matrix: Any) -> float:
     Small matrices: all eigenvalues, by LAPACK. Large ones: some of the largest, by the implicitly
     restarted Arnoldi iteration (ARPACK), whose Krylov space holds complex pairs as real ones. A
     matrix whose graph has no cycle is nilpotent: its radius is 0, exactly.
+
+    Raises:
+        ValueError: neither converged, of a matrix too large for all eigenvalues.
     """
     graph = sparse.csr_array(matrix, dtype=np.float64)
     graph.eliminate_zeros()
@@ -56,15 +62,23 @@ def spectral_radius(matrix: Any) -> float:
     parts, _ = connected_components(graph, connection="strong")
     if parts == units and not graph.diagonal().any():
         return 0.0
-    if units > _DENSE_EIGENVALUES:
-        # Several, since their absolute values lie close together: one alone may converge to the
-        # second. The start is fixed, so that the same matrix has the same radius.
+    if units > _DENSE_FIRST:
+        # The start is fixed, so that the same matrix has the same radius.
         start = np.random.default_rng(0).uniform(-1, 1, units)
-        try:
-            found = eigs(graph, k=6, ncv=64, v0=start, which="LM", return_eigenvectors=False)
-            return float(np.abs(found).max())
-        except ArpackNoConvergence:
-            pass
+        for vectors in _ARNOLDI_VECTORS:
+            try:
+                # Several: one alone may converge to the second largest.
+                found = eigs(
+                    graph, k=6, ncv=vectors, v0=start, maxiter=300, return_eigenvectors=False
+                )
+                return float(np.abs(found).max())
+            except ArpackNoConvergence:
+                continue
+        if units > _DENSE_LAST:
+            raise ValueError(
+                f"the spectral radius of {units} units was not found: too many eigenvalues of "
+                "about the same size. Scale recurrent_weights, and pass spectral_radius=None"
+            )
     return float(np.abs(np.linalg.eigvals(graph.toarray())).max())
 
 
