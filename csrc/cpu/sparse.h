@@ -15,13 +15,13 @@
 
 namespace fastcell::FASTCELL_ISA {
 
-// from[index[i]], lane by lane. By loads of single numbers, put together in registers: the gather
-// instructions take longer than that (AVX-512 on Zen 5: a whole step 1.5 times as long for float,
-// twice and more for double).
+// from[columns[i]], lane by lane. By loads of single numbers, put together in registers: on Zen 5
+// the gather instructions made a step take 1.5 times as long for float, and twice or more for
+// double.
 template <class T, int... i>
-FASTCELL_INLINE Vec<T> gather(const T* from, const int32_t* index,
+FASTCELL_INLINE Vec<T> gather(const T* from, const int32_t* columns,
                               std::integer_sequence<int, i...>) {
-  return Vec<T>(typename Raw<T>::type{from[index[i]]...});
+  return Vec<T>(typename Raw<T>::type{from[columns[i]]...});
 }
 
 template <class T>
