@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import runpy
 import subprocess
@@ -711,3 +712,29 @@ def test_the_example(tmp_path):
     assert "one step ahead" in done.stdout
     broken = [sys.executable, str(EXAMPLE), "--spectral-radius", "4"]
     assert subprocess.run(broken, capture_output=True, cwd=tmp_path, check=False).returncode == 1
+
+
+def test_the_benchmark(tmp_path, capsys):
+    from fastcell_bench import reservoir
+
+    short = ["--blocks", "2", "--min-time", "0.0001"]
+    out = tmp_path / "reservoir.json"
+    shapes = ["--shape", "20:1:30:3", "--shape", "5:18:30:3"]
+    assert reservoir.main([*short, *shapes, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["run"]
+    assert [set(row["gains"]) for row in rows] == [{"scipy.sparse loop", "dense kernel"}] * 2
+    assert all(row["step"] > 0 and min(row["gains"].values()) > 0 for row in rows)
+    nowhere = ["--reservoirpy", str(tmp_path / "python")]
+    assert reservoir.main([*short, *shapes, *nowhere]) == 1
+    assert "No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reservoir.main(["--shape", "20:1:30:31"])
+
+
+def test_the_benchmark_refuses_other_states(monkeypatch, capsys):
+    from fastcell_bench import reservoir
+
+    right = reservoir.loop
+    monkeypatch.setattr(reservoir, "loop", lambda w, x: [1.001 * h for h in right(w, x)])
+    assert reservoir.main(["--blocks", "1", "--min-time", "0.0001", "--shape", "5:1:30:3"]) == 1
+    assert "the states of sparse are off by" in capsys.readouterr().err

@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         for shape in shapes:
             try:
                 row = compare(shape, options)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 print(error, file=sys.stderr)
                 return 1
             document["run"].append(row)
