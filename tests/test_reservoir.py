@@ -252,6 +252,22 @@ def test_pickle_copy_and_clone(dtype, density):
         assert not np.array_equal(other.predict(x), found)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in _core.isas() if isa != _core.isa()])
+def test_pickle_for_another_machine(isa, tmp_path):
+    """The packed weights are laid out for an instruction set; they are packed anew."""
+    (x,) = random_sequences([80], 2, F64)
+    esn = ReservoirRNN(30, random_state=0).fit(x)
+    given, found = tmp_path / "given.pickle", tmp_path / "found.npy"
+    given.write_bytes(pickle.dumps((esn, x)))
+    code = """
+import pickle, sys, numpy
+esn, x = pickle.load(open(sys.argv[1], "rb"))
+numpy.save(sys.argv[2], esn.transform(x))
+"""
+    python(code, str(given), str(found), FASTCELL_ISA=isa)
+    assert_close(np.load(found), esn.transform(x), dtype=F64, steps=80, length=32)
+
+
 def test_without_scikit_learn():
     code = """
 import sys
@@ -506,7 +522,8 @@ def test_long_sequences_are_run_in_pieces(monkeypatch):
     sequences = random_sequences([70, 3, 41], 1, F64)
     esn = ReservoirRNN(13, washout=2, random_state=0).fit(sequences)
     found = esn.predict(sequences)
-    monkeypatch.setattr("fastcell.reservoir.estimator._PIECE", 13 * 3 * 5)
+    monkeypatch.setattr("fastcell.reservoir.estimator._PIECE", 13 * 2 * 5)
+    monkeypatch.setattr("fastcell.reservoir.estimator._TOGETHER", 2)
     for one, other in zip(esn.predict(sequences), found, strict=True):
         assert np.array_equal(one, other)
     again = clone(esn).fit(sequences)

@@ -25,8 +25,8 @@ from .sequences import Form, plain, split
 from .units import units_of
 from .weights import Array, Weights, random_topology, scaled
 
-# Numbers of states that are held at a time, but where the states themselves are asked for.
-_PIECE = 1 << 20
+# Sequences, and numbers of their states, that are held at a time, but where all are asked for.
+_TOGETHER, _PIECE = 256, 1 << 22
 
 
 class ReservoirRNN(
@@ -211,7 +211,7 @@ class ReservoirRNN(
                     f"{units}, got {given.shape}"
                 )
             recurrent = sparse.csr_array(given)
-            recurrent.sort_indices()
+            recurrent.sum_duplicates()
         if self.spectral_radius is not None:
             radius = _number("spectral_radius", self.spectral_radius, Real, 0)
             recurrent = scaled(recurrent, radius)
@@ -367,13 +367,15 @@ class ReservoirRNN(
 
     def _pieces(self, sequences: Sequence[Array], state: Array) -> Iterator[tuple[int, int, Array]]:
         """(sequence, first step, states) of pieces of all sequences; leaves the final states."""
-        length = max(1, _PIECE // state.size)
-        for begin in range(0, max(map(len, sequences)), length):
-            running = [b for b, x in enumerate(sequences) if len(x) > begin]
-            pieces = [sequences[b][begin : begin + length] for b in running]
-            states, state[running] = self._units.run(pieces, state[running], True)
-            for b, piece in zip(running, states, strict=True):
-                yield b, begin, piece
+        for first in range(0, len(sequences), _TOGETHER):
+            group = range(first, min(first + _TOGETHER, len(sequences)))
+            length = max(1, _PIECE // (len(group) * state.shape[1]))
+            for begin in range(0, max(len(sequences[b]) for b in group), length):
+                running = [b for b in group if len(sequences[b]) > begin]
+                pieces = [sequences[b][begin : begin + length] for b in running]
+                states, state[running] = self._units.run(pieces, state[running], True)
+                for b, piece in zip(running, states, strict=True):
+                    yield b, begin, piece
 
     def _read(self, x: Array, states: Array) -> NDArray[np.float64]:
         # A product for each row: the order of sums of one of all rows depends on their number.
