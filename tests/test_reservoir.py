@@ -599,6 +599,8 @@ def test_bad_calls():
         esn.fit(np.zeros((0, 3, 2)))
     with pytest.raises(ValueError, match="y must hold 2 sequences as X does, got 1"):
         esn.fit([x, x], [x])
+    with pytest.raises(TypeError, match="y must hold 2 sequences as X does, got int"):
+        esn.fit([x, x], 5)
     with pytest.raises(ValueError, match="inconsistent numbers of samples: .30, 29."):
         esn.fit([x, x], [x, x[1:]])
     with pytest.raises(ValueError, match=r"same outputs, got shapes \[\(1,\), \(2,\)\]"):

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "reservoir.h"
 
 using namespace fastcell;
 
@@ -596,6 +597,7 @@ int main() {
       ++count;
     }
   }
+  failures += reservoir_test::failures(kernels->reservoir);
   check_function("tanh", kernels->tanh, [](double x) { return std::tanh(x); });
   check_function("sigmoid", kernels->sigmoid, sigmoid);
   std::printf("%s: %d cases, %d failures\n", kernels->isa, count, failures);

@@ -397,6 +397,8 @@ def _pairs(
             )
         targets = [x[1:].astype(np.float64) for x in sequences]
         return [x[:-1] for x in sequences], targets, False
+    if form.kind != "one" and not hasattr(y, "__len__"):
+        raise TypeError(f"y must hold {len(sequences)} sequences as X does, got {type(y).__name__}")
     given = [plain(target) for target in ([y] if form.kind == "one" else y)]
     if len(given) != len(sequences):
         raise ValueError(f"y must hold {len(sequences)} sequences as X does, got {len(given)}")
