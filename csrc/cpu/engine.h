@@ -28,7 +28,8 @@ struct Kernels {
   const char* isa;
   int cell_count;
   const CellKernels* cells[kDTypes][kProducts];  // null: there are none
-  const ReservoirKernels* reservoir;  // [kDTypes]
+  // Of each dtype.
+  const ReservoirKernels* reservoir;
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);
