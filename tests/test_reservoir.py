@@ -365,6 +365,27 @@ def test_drawn_weights():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("units", [4, 40])
+def test_weights_of_ones_own(units):
+    """An entry in two parts is their sum; what was given stays as it is. (4 units: dense.)"""
+    ring = np.arange(units)
+    columns = np.repeat((ring + 1) % units, 2)
+    given = sparse.csr_matrix((np.full(2 * units, 0.25), columns, 2 * np.arange(units + 1)))
+    esn = ReservoirRNN(units, recurrent_weights=given, spectral_radius=0.8, random_state=0)
+    x = random_sequences([20], 1, F64)[0]
+    states = esn.fit(x).transform(x)
+    assert given.nnz == 2 * units
+    assert_close(
+        esn.recurrent_weights_.toarray(), 0.8 * np.roll(np.eye(units), 1, axis=1),
+        dtype=F64, steps=1, length=units,
+    )  # fmt: skip
+    expected = reference.run(
+        x, esn.input_weights_, esn.bias_, 0.8 * np.roll(np.eye(units), 1, axis=1), esn.leak_,
+        np.zeros(units),
+    )  # fmt: skip
+    assert_close(states, expected, dtype=F64, steps=20, length=units + 1)
+
+
 def test_random_state():
     x = random_sequences([40], 1, F64)[0]
     one, same, other = (ReservoirRNN(20, random_state=s).fit(x).predict(x) for s in (5, 5, 6))

@@ -210,7 +210,7 @@ class ReservoirRNN(
                     f"recurrent_weights must have shape ({units}, {units}), for n_reservoir="
                     f"{units}, got {given.shape}"
                 )
-            recurrent = sparse.csr_array(given)
+            recurrent = sparse.csr_array(given, copy=True)
             recurrent.sum_duplicates()
         if self.spectral_radius is not None:
             radius = _number("spectral_radius", self.spectral_radius, Real, 0)
