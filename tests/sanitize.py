@@ -15,15 +15,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [f"tests/test_{name}.py" for name in ("kernels", "random", "same_bits", "math", "trees")]
+NAMES = ("kernels", "random", "same_bits", "math", "reservoir", "trees")
+FILES = [f"tests/test_{name}.py" for name in NAMES]
 # Enough to reach every engine, tile height, tail and buffer; the whole grid would take too long.
 # Most of it on the baseline: the sanitizer does not see the masked loads and stores of AVX-512.
-LONG = (
-    "grid or nan_and_inf or error or test_float or T372 or T40 or T35 or T30 or (threads and L2) "
-    "or thousand or compiles or transforms or the_operators"
-)
+LONG = "grid or nan_and_inf or error or test_float or T372 or T40 or T35 or T30 or (threads and L2)"
+LONG += " or test_estimator or example or benchmark or instruction_set or scikit or machine"
+LONG += " or thousand or compiles or transforms or the_operators"
 TESTS = [*FILES, "-k", f"not ({LONG})"]
-WIDEST_TESTS = [*FILES, "-k", "compact or layout or any_count or unbatched"]
+WIDEST_TESTS = [*FILES, "-k", "compact or layout or any_count or unbatched or kernels_against"]
 
 
 def run(*command: str | Path, **environment: str) -> None:

@@ -94,7 +94,7 @@ def test_objects_share_no_inline_function():
     for (isa, _), file in objects.items():
         symbols = nm(str(file))
         mine = [name for _, name in symbols if f"fastcell::{isa}::" in name]
-        assert len(mine) > 10, f"{file} is not what this test takes it for"
+        assert len(mine) > 5, f"{file} is not what this test takes it for"
         shared = [
             (kind, name)
             for kind, name in symbols

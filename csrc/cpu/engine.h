@@ -46,10 +46,13 @@ struct TreeKernels {
   const TreeCellKernels* cells[kDTypes];
 };
 
+struct ReservoirKernels;  // reservoir_call.h
+
 struct Kernels {
   const char* isa;
   CellTable narrow_cells[kDTypes][kProducts];  // of count 0: there are none
   CellTable other_cells[kDTypes];              // for exact products alone
+  const ReservoirKernels* reservoir;           // of each dtype
   // The vector functions over an array, for the tests of their contract.
   void (*tanh)(DType, const void* x, void* y, int64_t count);
   void (*sigmoid)(DType, const void* x, void* y, int64_t count);

@@ -11,6 +11,7 @@
 #include "engine.h"
 #include "forward.h"
 #include "measure.h"
+#include "reservoir_call.h"
 
 #define FASTCELL_STRING_(x) #x
 #define FASTCELL_STRING(x) FASTCELL_STRING_(x)
@@ -98,6 +99,7 @@ constexpr CellTable table_of(const CellKernels (&cells)[n]) {
 
 }  // namespace
 
+extern const ReservoirKernels reservoir_kernels[kDTypes];  // reservoir_kernels.cpp
 extern const TreeKernels tree_table;
 extern const Kernels table;
 const Kernels table = {
@@ -106,6 +108,7 @@ const Kernels table = {
       table_of(narrow_cells<float, Int8>)},
      {table_of(narrow_cells<double, Exact<double>>), {}, {}}},
     {table_of(other_cells<float>), table_of(other_cells<double>)},
+    reservoir_kernels,
     tanh_array,
     sigmoid_array,
     run_fma,

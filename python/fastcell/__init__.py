@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 # torch first: it brings the OpenMP runtime that the kernels share with it.
@@ -23,6 +25,19 @@ from .modules import GRU, LSTM, RNN, IndRNN, LeakyRNN
 from .quantized import QuantizedCell, QuantizedLayer, quantize
 from .stream import Stream
 from .trees import TreeLSTM, TreeRNN, Trees
+
+if TYPE_CHECKING:
+    from .reservoir import ReservoirRNN as ReservoirRNN
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Once it is asked for: scikit-learn is optional, and takes its time to import.
+        if name == "ReservoirRNN":
+            from .reservoir import ReservoirRNN
+
+            return ReservoirRNN
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "GRU",

@@ -461,3 +461,46 @@ class Tree:
         ``gradients``: of h and c (0: zero), then of x, w_ih, w_hh as (positions, rows, hidden), and
         of either bias (0: not asked for). Raises ValueError for other numbers of them.
         """
+
+def reservoir_lanes(float64: bool) -> int:
+    """Units of a slice of a reservoir's matrices: lanes of a vector."""
+
+class Reservoir:
+    """Fixed sparse leaky units with their weights, laid out as csrc/cpu/reservoir_call.h says."""
+
+    def __init__(
+        self,
+        float64: bool,
+        units: int,
+        inputs: int,
+        offsets: int,
+        columns: int,
+        values: int,
+        input_weights: int,
+        bias: int,
+        alpha: int,
+    ) -> None:
+        """Pointers to what stays the caller's to keep alive."""
+
+    def force_schedule(self, batch_groups: int, unit_threads: int, /) -> None:
+        """Share out every call so from now on; zeros: as the sizes suggest. For tests."""
+
+    def workspace_bytes(self, samples: int, threads: int, /) -> int:
+        """Bytes that ``run`` needs at ``workspace``."""
+
+    def run(
+        self,
+        lengths: Sequence[int],
+        x: Sequence[int],
+        states: Sequence[int],
+        state: int,
+        workspace: int,
+        threads: int,
+        /,
+    ) -> None:
+        """Run all samples, from the states (samples, units) at ``state``, to be replaced.
+
+        Pointers of each sample: ``x`` (length, inputs), ``states`` (length, units), or no list.
+
+        Raises ValueError for lengths that rise, or lists of another number.
+        """

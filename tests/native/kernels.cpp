@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "reservoir.h"
 
 using namespace fastcell;
 
@@ -599,6 +600,7 @@ int main() {
     }
   }
   check_trees(*kernels);
+  failures += reservoir_test::failures(kernels->reservoir);
   check_function("tanh", kernels->tanh, [](double x) { return std::tanh(x); });
   check_function("sigmoid", kernels->sigmoid, sigmoid);
   std::printf("%s: %d cases, %d failures\n", kernels->isa, count, failures);

@@ -3,7 +3,8 @@
 The fast kernels are tested against this package. It computes in the dtype it is given (float16,
 float32, float64, longdouble), imports nothing but NumPy, and says each equation once, beside its
 source: start at cells.py (one step), then sequence.py (the time loop) and stack.py (layers and
-directions). Networks over trees stand apart, in tree.py.
+directions). Networks over trees stand apart, in tree.py, and so does the echo state network, in
+reservoir.py.
 
 >>> import numpy as np
 >>> from fastcell import reference
@@ -20,8 +21,17 @@ directions). Networks over trees stand apart, in tree.py.
 ((5, 2, 3), [(12, 3), (12, 4), (12,), (12,)])
 """
 
-from . import tree
+from . import reservoir, tree
 from .cells import CELLS
 from .stack import Gradients, Result, Tape, backward, forward
 
-__all__ = ["CELLS", "Gradients", "Result", "Tape", "backward", "forward", "tree"]
+__all__ = [
+    "CELLS",
+    "Gradients",
+    "Result",
+    "Tape",
+    "backward",
+    "forward",
+    "reservoir",
+    "tree",
+]
