@@ -130,7 +130,7 @@ class BoundTree {
     const double level = 2.0 * double(call.forest.nodes) / double(call.forest.levels) *
                          double(call.hidden) * (cell_.gates + cell_.forgets) *
                          double(call.hidden + call.input);
-    return level < (crowded() ? 5e7 : 5e4) ? 1 : threads;
+    return level < (crowded() ? 2e8 : 5e4) ? 1 : threads;
   }
 
   void launch(const TreeCall& call, const TreeGradients* out,
