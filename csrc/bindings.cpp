@@ -19,6 +19,7 @@
 #include "cpu/engine.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
+#include "normed_bindings.h"
 #include "reservoir_bindings.h"
 #include "small_call.h"
 #include "tree_bindings.h"
@@ -792,6 +793,7 @@ PYBIND11_MODULE(_core, m) {
       "What the compiler said of the CUDA kernels, as JSON.");
   bind_cuda(m);
   bind_trees(m, kernels);
+  bind_normed(m, kernels);
   bind_reservoir(m, &kernels);
 }
 

@@ -60,11 +60,11 @@ struct TreeRnn {
   static FASTCELL_INLINE V begin(V* a) { return a[0]; }
   static FASTCELL_INLINE V finish(const V* a, V) {
     V state[1];
-    Plain<V>::forward(a, nullptr, state, nullptr);
+    Plain<V>::forward(CellOptions{}, a, nullptr, state, nullptr);
     return state[0];
   }
   static FASTCELL_INLINE void backward(const V*, V h, V, V d_h, V&, V* d_a) {
-    Plain<V>::backward(nullptr, nullptr, nullptr, &h, &d_h, d_a);
+    Plain<V>::backward(CellOptions{}, nullptr, nullptr, nullptr, &h, &d_h, d_a);
   }
 };
 

@@ -1,6 +1,7 @@
 // What the CPU engine offers to the bindings: one table of functions per instruction set.
 #pragma once
 
+#include "../common/normed.h"
 #include "../common/stack.h"
 #include "../common/tree.h"
 #include "team.h"
@@ -46,6 +47,20 @@ struct TreeKernels {
   const TreeCellKernels* cells[kDTypes];
 };
 
+// The kernels of one cell with layer normalisation at one dtype.
+struct NormedKernels {
+  const char* name;
+  int gates, states;
+  int64_t (*kept_elements)(int64_t hidden);  // of a row
+  int64_t (*workspace)(const NormedCall&, bool backward, int threads);
+  void (*run)(const NormedCall&, const NormedGradients*, const Team&);  // null: forward
+};
+
+struct NormedTable {
+  int count;
+  const NormedKernels* cells[kDTypes];
+};
+
 struct ReservoirKernels;  // reservoir_call.h
 
 struct Kernels {
@@ -60,6 +75,7 @@ struct Kernels {
   int64_t (*run_fma)(int64_t rounds, float* sink);
   void (*read)(const float* from, int64_t count, float* sink);
   const TreeKernels* trees;
+  const NormedTable* normed;
 };
 
 // The instruction sets compiled in, lowest first, and whether this CPU has them.

@@ -100,6 +100,7 @@ constexpr CellTable table_of(const CellKernels (&cells)[n]) {
 }  // namespace
 
 extern const ReservoirKernels reservoir_kernels[kDTypes];  // reservoir_kernels.cpp
+extern const NormedTable normed_table;
 extern const TreeKernels tree_table;
 extern const Kernels table;
 const Kernels table = {
@@ -114,6 +115,7 @@ const Kernels table = {
     run_fma,
     read_array,
     &tree_table,
+    &normed_table,
 };
 
 }  // namespace fastcell::FASTCELL_ISA

@@ -137,7 +137,7 @@ class Reservoir {
 
   static FASTCELL_INLINE V step(V sum, V alpha, V h) {
     V unused;
-    Cell::forward(&sum, &alpha, &h, &unused);
+    Cell::forward(CellOptions{}, &sum, &alpha, &h, &unused);
     return h;
   }
 

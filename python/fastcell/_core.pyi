@@ -504,3 +504,28 @@ class Reservoir:
 
         Raises ValueError for lengths that rise, or lists of another number.
         """
+
+class Normed:
+    """A layer of one direction with layer normalisation: csrc/common/normed.h."""
+
+    def __init__(self, cell: str, float64: bool, hidden: int, reverse: bool) -> None:
+        """``cell``: ``"lstm"`` or ``"gru"``. Raises ValueError for another, or no hidden unit."""
+
+    @property
+    def kept_elements(self) -> int:
+        """Elements that a forward call keeps per row for its backward call."""
+
+    def workspace(self, steps: int, batch: int, rows: int, backward: bool, threads: int, /) -> int:
+        """Bytes that ``run`` needs."""
+
+    def run(
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        pointers: Sequence[int],
+        gradients: Sequence[int],
+        threads: int,
+        /,
+    ) -> None:
+        """Run forward; with ``gradients`` backward. The order of both: csrc/normed_bindings.cpp."""

@@ -282,10 +282,10 @@ def _weights(module: torch.nn.Module) -> list[Tensor]:
         return module.weights()
     if isinstance(module, _LAYERS):
         weights = cast(list[Tensor], list(module._flat_weights))
-        if getattr(module, "skip_beside", False):  # what a step takes besides comes as input
-            each = len(module._all_weights[0])
-            weights = [w for i, w in enumerate(weights) if i % each < each - 1]
-        return weights
+        # What a delay beside the step before, or a norm, has of its own is not the cell's.
+        names = module._flat_weights_names
+        own = ("weight_skip", "norm_")
+        return [w for w, n in zip(weights, names, strict=True) if not n.startswith(own)]
     of_cell: list[Any] = [module.weight_ih, module.weight_hh]
     biases = [b for b in (module.bias_ih, module.bias_hh) if b is not None]
     # A cell may lack one of the two: zeros of the same shape stand in for it.

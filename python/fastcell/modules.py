@@ -69,6 +69,7 @@ class _Layer(Swappable, torch.nn.RNNBase):
     zoneout: Any = 0.0
     skip: int = 1
     skip_beside: bool = False
+    layer_norm: bool = False
 
     def _set_options(self, cell: str | None = None, **options: Any) -> None:
         """Attributes for what differs from the class's own, and the cell, if it has a name."""
@@ -86,6 +87,37 @@ class _Layer(Swappable, torch.nn.RNNBase):
             self._become(cell)
         if self.skip_beside:
             self._add_weights("weight_skip", self._rows(), self._output_size())
+        if self.layer_norm:
+            self._add_norms(cell)
+
+    def _add_norms(self, cell: str | None) -> None:
+        others = ("zoneout", "recurrent_dropout", "skip", "recompute")
+        beside = [name for name in others if name in self.__dict__]
+        if cell is not None or self.proj_size or beside:
+            raise ValueError(
+                "layer_norm goes with the plain cell alone, without projection, delays, zoneout, "
+                f"recurrent dropout and recompute: got {self.extra_repr()}"
+            )
+        rows = self._rows()
+        self._add_weights("norm_ih", rows)
+        self._add_weights("norm_hh", rows)
+        if self.mode == "LSTM":
+            self._add_weights("norm_c", 2, self.hidden_size)
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        """Gains of one, biases of zero."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("norm_"):
+                    parameter.fill_(1)
+                if name.startswith("norm_c"):
+                    parameter[1] = 0
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's, and norms that change nothing but scale."""
+        super().reset_parameters()
+        self._reset_norms()
 
     def _add_weights(self, name: str, *shape: int) -> None:
         """One more weight for each layer and direction, after the others."""
@@ -110,7 +142,8 @@ class _Layer(Swappable, torch.nn.RNNBase):
         return ", ".join([super().extra_repr(), *own])
 
     _options: tuple[str, ...] = (
-        "zoneout", "recurrent_dropout", "weight_dropout", "skip", "skip_beside", "recompute",
+        "zoneout", "recurrent_dropout", "weight_dropout", "layer_norm", "skip", "skip_beside",
+        "recompute",
     )  # fmt: skip
 
     def flatten_parameters(self) -> None:
@@ -194,6 +227,8 @@ class _Layer(Swappable, torch.nn.RNNBase):
             if found is not None:
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
+        if self.layer_norm:
+            return self._run_normed(cell, input, states, lengths, reset, self._dropped(weights))
         if self.skip > 1:
             return self._run_skipping(cell, input, states, lengths, reset, self._dropped(weights))
         result = run_stack(
@@ -217,6 +252,8 @@ class _Layer(Swappable, torch.nn.RNNBase):
         reset: Sequences | None,
     ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
         """Output, final states, and of each kind of state all: (L*D, T, B, .)."""
+        if self.layer_norm:
+            raise ValueError("return_states does not go with layer_norm")
         if self.skip > 1:
             raise ValueError("return_states does not go with skip, whose layers run by phases")
         weights = self._dropped(self._weights())
@@ -261,6 +298,36 @@ class _Layer(Swappable, torch.nn.RNNBase):
         output, all_states = split(data)
         packed = PackedSequence(output, batch_sizes, order, back)
         return packed, finals, tuple(all_states)
+
+    def _run_normed(
+        self,
+        cell: str,
+        input: Sequences,
+        states: States | None,
+        lengths: Tensor | None,
+        reset: Sequences | None,
+        weights: list[Tensor],
+    ) -> tuple[Sequences, States]:
+        """A call with ``layer_norm``."""
+        directions = 2 if self.bidirectional else 1
+
+        def launch(
+            cell: str,
+            input: Tensor,
+            states: States | None,
+            batch_sizes: Tensor | None,
+            steps: int,
+            reset: Tensor | None,
+        ) -> tuple[Tensor, States]:
+            return ops.normed(
+                cell, input, states, weights, batch_sizes, reset, bias=self.bias,
+                directions=directions, batch_first=self.batch_first,
+                dropout=self.dropout if self.training else 0.0,
+            )  # fmt: skip
+
+        return run_stack(
+            self, cell, input, states, weights, self._refuse, launch, lengths=lengths, reset=reset
+        )
 
     def _run_skipping(
         self,
@@ -711,6 +778,9 @@ class LSTM(_Layer):
         zoneout: as for :class:`RNN`, of h and c, or a pair for each; with ``proj_size`` of c alone,
             ``(0, p)``.
         recurrent_dropout, weight_dropout: as for :class:`RNN`.
+        layer_norm: the gates' input and recurrent terms and c are normalised over the units, with
+            gains ``norm_ih_l*`` and ``norm_hh_l*`` (4*H,) and, of c, gain and bias ``norm_c_l*``
+            (2, H) (Ba et al. 2016). Not with the other options of the cell, nor on a GPU.
 
     Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None, reset=None)``.
         input, lengths, reset: as for :class:`RNN`.
@@ -751,6 +821,7 @@ class LSTM(_Layer):
             zoneout: float | tuple[float, float] = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            layer_norm: bool = False,
             skip: int = 1,
             skip_beside: bool = False,
         ) -> None: ...
@@ -769,6 +840,7 @@ class LSTM(_Layer):
             zoneout: float | tuple[float, float] = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            layer_norm: bool = False,
             skip: int = 1,
             skip_beside: bool = False,
             **kwargs: Any,
@@ -782,7 +854,7 @@ class LSTM(_Layer):
                 None if cell == "lstm" else cell, recompute=recompute, peephole=peephole,
                 coupled=coupled, activation=activation, output_activation=output_activation,
                 cell_clip=cell_clip, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
-                weight_dropout=weight_dropout, skip=skip,
+                weight_dropout=weight_dropout, layer_norm=layer_norm, skip=skip,
                 skip_beside=skip_beside,
             )  # fmt: skip
 
@@ -861,6 +933,9 @@ class GRU(_HiddenLayer):
             cuDNN, n = tanh(W x + b + r * (U h + b_h)), or before it, as in the original,
             n = tanh(W x + b + U (r * h) + b_h).
         activation: n's, in place of tanh; as for :class:`LSTM`.
+        layer_norm: the gates' input and recurrent terms are normalised over the units, r's and z's
+            together and n's apart, with gains ``norm_ih_l*`` and ``norm_hh_l*`` (3*H,) (Ba et al.
+            2016). Not with the other options of the cell, nor on a GPU.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype, zoneout, recurrent_dropout, weight_dropout, recompute: as for :class:`RNN`.
 
@@ -892,6 +967,7 @@ class GRU(_HiddenLayer):
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            layer_norm: bool = False,
             skip: int = 1,
             skip_beside: bool = False,
         ) -> None: ...
@@ -907,6 +983,7 @@ class GRU(_HiddenLayer):
             zoneout: float = 0.0,
             recurrent_dropout: float = 0.0,
             weight_dropout: float = 0.0,
+            layer_norm: bool = False,
             skip: int = 1,
             skip_beside: bool = False,
             **kwargs: Any,
@@ -917,7 +994,7 @@ class GRU(_HiddenLayer):
             self._set_options(
                 None if cell == "gru" else cell, recompute=recompute, reset_after=reset_after,
                 activation=activation, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
-                weight_dropout=weight_dropout, skip=skip,
+                weight_dropout=weight_dropout, layer_norm=layer_norm, skip=skip,
                 skip_beside=skip_beside,
             )  # fmt: skip
 

@@ -29,6 +29,8 @@ from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
+from .normed import Norms
+from .normed import stack as normed_stack
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import EXTRAS_SCHEMA, Config, Extras
 
@@ -220,6 +222,62 @@ def _with_cells(
         output, cells = output.to(result_dtype), cells.to(result_dtype)
         states = tuple([s.to(result_dtype) for s in states])
     return output, states, cells
+
+
+def normed(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    *,
+    bias: bool,
+    directions: int,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A stack with layer normalisation: ``weights`` as ``normed.Norms``, in one flat list."""
+    result_dtype = None
+    if torch._C._is_any_autocast_enabled():
+        input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, False)
+    dtypes = {t.dtype for t in (input, *(hx or ()), *weights)}
+    devices = {t.device for t in (input, *(hx or ()), *weights)}
+    if len(dtypes) > 1 or len(devices) > 1:
+        raise RuntimeError(
+            "input, initial states and weights must have one dtype and device, got "
+            f"{sorted(map(str, dtypes))} on {sorted(map(str, devices))}"
+        )
+    if input.dtype in _NARROW:
+        result_dtype = result_dtype or input.dtype
+        input, hx, weights = _cast(torch.float32, input, hx, weights)
+    if not input.is_cpu and not input.is_meta:
+        _without_kernel(f"layer normalisation on device type '{input.device.type}'")
+    width = 4 + 2 * bias + (cell == "lstm")
+    norms = []
+    for k in range(0, len(weights), width):
+        w = list(weights[k : k + width])
+        b_ih, b_hh = (w.pop(2), w.pop(2)) if bias else (None, None)
+        w_ih, w_hh, norm_ih, norm_hh, *norm_c = w
+        norms.append(Norms(w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, next(iter(norm_c), None)))
+    if batch_sizes is None:
+        timed = input.transpose(0, 1) if batch_first else input
+        steps, batch, features = timed.shape
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        sizes = [batch] * steps
+        rows = timed.reshape(steps * batch, features)
+    else:
+        sizes, rows = batch_sizes.tolist(), input
+    if reset is not None:
+        reset = reset.reshape(-1)
+    output, states = normed_stack(cell, rows, hx, norms, sizes, reset, directions, dropout)
+    if batch_sizes is None:
+        output = output.view(steps, batch, output.shape[-1])
+        output = output.transpose(0, 1) if batch_first else output
+    if result_dtype is not None:
+        return output.to(result_dtype), tuple([s.to(result_dtype) for s in states])
+    return output, states
 
 
 def route(input: Tensor, weights: Sequence[Tensor], cell: str = "") -> str:

@@ -69,6 +69,8 @@ class Stream:
             raise TypeError(
                 f"a stream needs an RNN, LSTM or GRU layer, got {type(module).__name__}"
             )
+        if getattr(module, "layer_norm", False):
+            raise ValueError("a stream takes no layer with layer_norm")
         if getattr(module, "skip", 1) > 1:
             raise ValueError("a stream takes no layer with skip, whose state is that of many steps")
         if module.bidirectional:

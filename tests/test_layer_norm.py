@@ -1,0 +1,242 @@
+"""LSTM and GRU with layer normalisation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fastcell
+from fastcell import normed
+from support import threads
+
+KINDS = ("LSTM", "GRU")
+
+
+def layer_of(kind, *sizes, **options):
+    """With norms that do something of their own."""
+    torch.manual_seed(5)
+    layer = getattr(fastcell, kind)(*sizes, layer_norm=True, **options).double()
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith("norm_"):
+                p.add_(torch.randn_like(p).mul_(0.3))
+    return layer
+
+
+def normalised(x, gain):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def by_hand(layer, x, h, c):
+    """One layer, one direction, written out from the paper's equations."""
+    w_ih, w_hh, b_ih, b_hh, g_ih, g_hh, *norm_c = layer.parameters()
+    H, outputs = layer.hidden_size, []
+    for x_t in x:
+        a, u = x_t @ w_ih.T, h @ w_hh.T
+        if norm_c:
+            i, f, g, o = ((normalised(a, g_ih) + b_ih) + (normalised(u, g_hh) + b_hh)).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            gain, bias = norm_c[0]
+            h = torch.sigmoid(o) * torch.tanh(normalised(c, gain) + bias)
+        else:
+            both = [
+                torch.cat(
+                    (normalised(t[:, : 2 * H], k[: 2 * H]), normalised(t[:, 2 * H :], k[2 * H :])),
+                    -1,
+                )
+                + b
+                for t, k, b in ((a, g_ih, b_ih), (u, g_hh, b_hh))
+            ]
+            (r_x, z_x, n_x), (r_u, z_u, n_u) = (t.chunk(3, -1) for t in both)
+            z = torch.sigmoid(z_x + z_u)
+            n = torch.tanh(n_x + torch.sigmoid(r_x + r_u) * n_u)
+            h = (1 - z) * n + z * h
+        outputs.append(h)
+    return torch.stack(outputs), h, c
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (3, 5), (17, 33), (8, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_written_out(kind, sizes):
+    layer = layer_of(kind, *sizes)
+    x = torch.randn(6, 3, sizes[0]).double()
+    h, c = (torch.randn(3, sizes[1]).double() for _ in range(2))
+    output, final = layer(x, (h[None], c[None]) if kind == "LSTM" else h[None])
+    wanted, h_n, c_n = by_hand(layer, x, h, c)
+    torch.testing.assert_close(output, wanted)
+    found = final if kind == "LSTM" else (final,)
+    for a, b in zip(found, (h_n, c_n), strict=False):
+        torch.testing.assert_close(a[0], b)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives(kind, bias):
+    layer = layer_of(kind, 2, 3, bidirectional=True, bias=bias)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    states = [torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    states = states if kind == "LSTM" else states[:1]
+    names = [n for n, _ in layer.named_parameters()]
+
+    def run(x, *rest):
+        hx, weights = rest[: len(states)], rest[len(states) :]
+        output, final = torch.func.functional_call(
+            layer, dict(zip(names, weights, strict=True)), (x, hx if len(hx) == 2 else hx[0])
+        )
+        return output, *(final if len(hx) == 2 else (final,))
+
+    leaves = (x, *states, *layer.parameters())
+    assert torch.autograd.gradcheck(run, leaves)
+    frozen = [p.detach() for p in (*states, *layer.parameters())]
+    assert torch.autograd.gradgradcheck(lambda x: run(x, *frozen), (x,))
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_as_plain_torch(kind, reverse, form):
+    torch.manual_seed(3)
+    layer = layer_of(kind, 5, 37)
+    w_ih, w_hh, _, b_hh, _, g_hh, *norm_c = layer.parameters()
+    sizes = (19,) * 4 if form == "padded" else (19, 18, 7, 1)
+    terms = torch.randn(sum(sizes), len(w_ih), dtype=torch.float64, requires_grad=True)
+    hx = [torch.randn(19, 37, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    hx = hx if norm_c else hx[:1]
+    reset = torch.rand(sum(sizes)) < 0.2
+    leaves = [terms, *hx, w_hh, g_hh, b_hh, *norm_c]
+    tensors = leaves if norm_c else [*leaves, None]
+
+    def gradients(run):
+        output, *states = run()
+        total = output.sin().sum() + sum((s.cos() * s).sum() for s in states)
+        return [output, *states, *torch.autograd.grad(total, leaves)]
+
+    name = kind.lower()
+    output, states = normed._steps(name, sizes, reset, reverse, *tensors)
+    wanted = gradients(lambda: (output, *states))
+    for count in (1, 2, 3):
+        with threads(count):
+            found = gradients(lambda: normed._Sweep.apply(name, sizes, reset, reverse, *tensors))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_of_input(kind):
+    layer = layer_of(kind, 4, 6, 2, bidirectional=True)
+    x = torch.randn(7, 3, 4).double()
+    reset = torch.rand(7, 3) < 0.2
+    lengths = torch.tensor([5, 7, 2])
+    output, final = layer(x, lengths=lengths, reset=reset)
+    states = final if kind == "LSTM" else (final,)
+    for b, n in enumerate(lengths.tolist()):
+        alone, last = layer(x[:n, b], reset=reset[:n, b])
+        torch.testing.assert_close(output[:n, b], alone)
+        assert not output[n:, b].any()
+        for s, w in zip(states, last if kind == "LSTM" else (last,), strict=True):
+            torch.testing.assert_close(s[:, b], w)
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    packed, last = layer(
+        pack(x, lengths, enforce_sorted=False), reset=pack(reset, lengths, enforce_sorted=False)
+    )
+    torch.testing.assert_close(torch.nn.utils.rnn.pad_packed_sequence(packed)[0], output)
+    torch.testing.assert_close(last, final)
+    turned = layer_of(kind, 4, 6, 2, bidirectional=True, batch_first=True)
+    turned.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(
+        turned(x.transpose(0, 1), lengths=lengths, reset=reset.t())[0].transpose(0, 1), output
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_for_any_threads_and_batch(kind):
+    layer = layer_of(kind, 4, 50).float()
+    x = torch.randn(6, 21, 4)
+    with threads(1):
+        whole, _ = layer(x)
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(layer(x)[0], whole)
+    # (The input's product is torch's, which may sum another batch in another order.)
+    terms = torch.randn(6 * 21, layer.weight_ih_l0.shape[0])
+    hx = [torch.zeros(21, 50) for _ in range(2 if kind == "LSTM" else 1)]
+    _, w_hh, _, b_hh, _, g_hh, *norm_c = layer.parameters()
+    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
+    run = normed._Sweep.apply
+    every = run(kind.lower(), (21,) * 6, None, False, terms, *hx, *rest)[0].view(6, 21, 50)
+    for b in (0, 7, 20):
+        own = terms.view(6, 21, -1)[:, b]
+        one = run(kind.lower(), (1,) * 6, None, False, own, *[h[:1] for h in hx], *rest)[0]
+        assert torch.equal(one, every[:, b])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_and_travels(kind):
+    layer = getattr(fastcell, kind)(3, 8, 2, layer_norm=True, dropout=0.1)
+    assert "layer_norm=True" in repr(layer)
+    gains = [p for n, p in layer.named_parameters() if n.startswith("norm_ih")]
+    assert all((g == 1).all() for g in gains)
+    assert len(gains) == 2
+    x, target = torch.randn(9, 4, 3), torch.randn(9, 4, 8)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.02)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = (layer(x)[0] - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    layer.eval()
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x)[0], layer(x)[0])
+    fresh = getattr(fastcell, kind)(3, 8, 2, layer_norm=True).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x)[0], layer(x)[0])
+    narrow = copy.deepcopy(layer).bfloat16()
+    assert narrow(x.bfloat16())[0].dtype is torch.bfloat16
+    (output, _) = layer(x)
+    output.relu_().sum().backward()  # the caller's output is his own
+    compiled = torch.compile(lambda x: layer(x)[0], backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scale_of_weights_does_not_matter(kind):
+    """What the norm is for."""
+    layer = layer_of(kind, 4, 40)
+    x = 10 * torch.randn(5, 2, 4).double()
+    before = layer(x)[0]
+    with torch.no_grad():
+        layer.weight_ih_l0.mul_(7)
+        layer.weight_hh_l0.mul_(7)
+    torch.testing.assert_close(layer(x)[0], before, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"peephole": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"proj_size": 2},
+     {"recompute": True}, {"skip": 2}, {"activation": "relu"}],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(options):
+    with pytest.raises(ValueError, match="layer_norm goes with the plain cell alone"):
+        fastcell.LSTM(3, 4, layer_norm=True, **options)
+
+
+def test_other_refusals():
+    layer = fastcell.GRU(3, 4, layer_norm=True)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal"):
+        layer(torch.zeros(2, 1, 5))
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        layer(torch.zeros(0, 1, 3))
+    with pytest.raises(RuntimeError, match="one dtype and device"):
+        layer(torch.zeros(2, 1, 3).double())
+    with pytest.raises(ValueError, match="return_states does not go with layer_norm"):
+        layer(torch.zeros(2, 1, 3), return_states=True)
+    with pytest.raises((ValueError, TypeError), match="layer"):
+        fastcell.Stream(layer)
+    assert layer(torch.zeros(2, 0, 3))[0].shape == (2, 0, 4)
