@@ -116,7 +116,7 @@ def test_kernels_as_plain_torch(kind, reverse, form):
         return [output, *states, *torch.autograd.grad(total, leaves)]
 
     name = kind.lower()
-    output, states = normed._steps(name, sizes, reset, reverse, *tensors)
+    output, states = normed.steps(name, sizes, reset, reverse, *tensors)
     wanted = gradients(lambda: (output, *states))
     for count in (1, 2, 3):
         with threads(count):

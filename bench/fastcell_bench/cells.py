@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import fastcell
-from fastcell import composite
+from fastcell import composite, normed
 from fastcell.cells import cell_of, spec_of
 from fastcell.plan import NO_EXTRAS
 from fastcell_bench.cases import parse_shape
@@ -59,12 +59,14 @@ VARIANTS = (
     Variant("zoneout", "LSTM", "LSTM", {"zoneout": 0.1}, loop=False),
     Variant("recurrent dropout", "LSTM", "LSTM", {"recurrent_dropout": 0.2}, loop=False),
     Variant("weight dropout", "LSTM", "LSTM", {"weight_dropout": 0.2}, loop=False),
+    Variant("layer norm", "LSTM", "LSTM", {"layer_norm": True}),
     Variant("reset=", "LSTM", "LSTM", call=_reset),
     Variant("lengths=", "LSTM", "LSTM", call=_lengths, loop=False),
     Variant("all states", "LSTM", "LSTM", call=lambda steps, batch: {"return_states": True}),
     Variant("skip 4", "LSTM", "LSTM", {"skip": 4}, loop=False),
     Variant("skip 4 beside", "LSTM", "LSTM", {"skip": 4, "skip_beside": True}, loop=False),
     Variant("reset before", "GRU", "GRU", {"reset_after": False}),
+    Variant("layer norm", "GRU", "GRU", {"layer_norm": True}),
     Variant("zoneout", "GRU", "GRU", {"zoneout": 0.1}, loop=False),
     Variant("reset=", "GRU", "GRU", call=_reset),
     Variant("leaky", "RNN", "LeakyRNN"),
@@ -99,6 +101,8 @@ def python_loop(
     """The layer's output, step by step in torch's operations, input terms in one product."""
     spec = spec_of(cell_of(layer))
     w_ih, w_hh, b_ih, b_hh, *rest = layer.parameters()
+    if isinstance(layer, (fastcell.LSTM, fastcell.GRU)) and layer.layer_norm:
+        return _normed_loop(layer)
     vectors = rest[0] if rest else None
     part = composite.Part(cell_of(layer), 0, w_hh, b_hh, None, vectors, NO_EXTRAS)
 
@@ -117,6 +121,23 @@ def python_loop(
             states = step(given, *states)
             outputs.append(states[0])
         return torch.stack(outputs)
+
+    return run
+
+
+def _normed_loop(layer: torch.nn.RNNBase) -> Callable[[torch.Tensor], torch.Tensor]:
+    w_ih, w_hh, b_ih, b_hh, g_ih, g_hh, *norm_c = layer.parameters()
+    cell, hidden = cell_of(layer), layer.hidden_size
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        steps, batch, _ = x.shape
+        terms = torch.nn.functional.linear(x.flatten(0, 1), w_ih)
+        terms = normed.norm(terms, g_ih, normed.PARTS[cell], hidden) + b_ih
+        zeros = [x.new_zeros(batch, hidden) for _ in range(spec_of(cell).states)]
+        rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
+        return normed.steps(cell, [batch] * steps, None, False, terms, *zeros, *rest)[0].view(
+            steps, batch, hidden
+        )
 
     return run
 

@@ -81,7 +81,7 @@ def _direction(
     reverse: bool,
 ) -> tuple[Tensor, States]:
     hidden = w.w_hh.shape[1]
-    terms = _norm(linear(rows, w.w_ih), w.norm_ih, PARTS[cell], hidden)
+    terms = norm(linear(rows, w.w_ih), w.norm_ih, PARTS[cell], hidden)
     if w.b_ih is not None:
         terms = terms + w.b_ih
     if hx is None:
@@ -93,7 +93,7 @@ def _direction(
             cell, tuple(sizes), reset, reverse, *tensors
         )
         return output, tuple(states)
-    return _steps(cell, sizes, reset, reverse, *tensors)
+    return steps(cell, sizes, reset, reverse, *tensors)
 
 
 def _has_kernels(rows: Tensor) -> bool:
@@ -101,13 +101,13 @@ def _has_kernels(rows: Tensor) -> bool:
     return plain and not transforms.transformed()
 
 
-def _norm(x: Tensor, gain: Tensor, parts: Sequence[int], hidden: int) -> Tensor:
+def norm(x: Tensor, gain: Tensor, parts: Sequence[int], hidden: int) -> Tensor:
     widths = [n * hidden for n in parts]
     pieces = zip(torch.split(x, widths, -1), torch.split(gain, widths), strict=True)
     return torch.cat([layer_norm(a, g.shape, g, None, _EPSILON) for a, g in pieces], -1)
 
 
-def _steps(
+def steps(
     cell: str, sizes: Sequence[int], reset: Tensor | None, reverse: bool, *tensors: Any
 ) -> tuple[Tensor, States]:
     """The steps in torch's operations: output rows and final states."""
@@ -122,7 +122,7 @@ def _steps(
         now = tuple([s[:n] for s in state])
         if anew is not None:
             now = tuple([s.masked_fill(anew[t][:, None], 0) for s in now])
-        u = _norm(linear(now[0], w_hh), gain, PARTS[cell], hidden)
+        u = norm(linear(now[0], w_hh), gain, PARTS[cell], hidden)
         u = u if bias is None else u + bias
         if cell == "lstm":
             i, f, g, o = (x + u).chunk(4, -1)
@@ -265,7 +265,7 @@ def _differentiable(
     """The gradients with a graph of their own, of the steps once more."""
     with torch.enable_grad():
         own = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-        output, states = _steps(cell, sizes, reset, reverse, *own)
+        output, states = steps(cell, sizes, reset, reverse, *own)
         pairs = [(o, g) for o, g in zip((output, *states), grads, strict=True) if g is not None]
         asked = [t for t, need in zip(own, needs, strict=True) if need]
         found = iter(
