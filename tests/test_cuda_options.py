@@ -1,0 +1,134 @@
+"""The CUDA kernels with options of cells, resets and what is drawn, beside plain torch in float64.
+
+On a GPU where there is one, and emulated in any case, as in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastcell import composite, cuda
+from fastcell.autograd import differentiable
+from fastcell.cells import Options, spec_of, with_options
+from fastcell.plan import Config, Extras
+from option_cases import (
+    CHOICES,
+    EXTRAS,
+    PLAIN,
+    STEPS,
+    allowed,
+    extras_for,
+    given,
+    input_for,
+    results,
+    tensors,
+)
+from tolerances import accumulation_length, assert_close
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+FORMS = ("padded", "packed", "lengths")
+# At 16 bits some argument would be at the kink of a relu, or at a bound.
+SMOOTH = {
+    cell: options._replace(
+        clip=math.inf,
+        activation="tanh" if options.activation == "relu" else options.activation,
+    )
+    for cell, options in CHOICES.items()
+}
+
+
+def compare(
+    cell: str,
+    which: tuple[str, ...],
+    form: str,
+    device: str,
+    dtype: torch.dtype = F64,
+    place: str | None = None,
+    *,
+    layers: int = 2,
+    proj: int = 0,
+    sizes: tuple[int, int] = (5, 7),
+    batch: int = 3,
+) -> None:
+    """Output, states and all gradients, under the policy."""
+    hidden = sizes[1]
+    output = proj or hidden
+    weights, states = tensors(
+        cell, layers=layers, proj=proj, sizes=sizes, batch=batch, dtype=dtype, scale=(3 * hidden) ** -0.5,  # as torch begins: no recurrence that amplifies
+    )
+    batch_sizes, extras = extras_for(
+        form, layers=layers, directions=2, batch=batch, output=output, dtype=dtype
+    )
+    extras = given(allowed(cell, which), extras)
+    x = input_for(form, batch, sizes[0], dtype)
+    config = Config(cell, layers, True, True, False)
+
+    def run(sequence, to_dtype, to_device):
+        def moved(t):
+            if t is None:
+                return None
+            t = t.detach().to(to_device)
+            return t.to(to_dtype).requires_grad_() if t.is_floating_point() else t
+
+        ours, *rest = [moved(t) for t in (x, *states, *weights)]
+        hx, w = rest[: len(states)], rest[len(states) :]
+        own = Extras(*[None if t is None else moved(t).detach() for t in extras])
+        lengths = batch_sizes if form == "packed" else moved(batch_sizes)
+        return results(
+            lambda: sequence(config, ours, hx, w, lengths, own), [ours, *rest]
+        )
+
+    with cuda.choose_engine(place):
+        found = run(differentiable, dtype, device)
+    wanted = run(composite.sequence, F64, "cpu")
+    width = max(sizes[0], 2 * output)
+    whole = accumulation_length(width, hidden, gates=spec_of(cell).gates, batch=batch)
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert a.dtype is dtype
+        # A parameter's gradient is a sum over all rows: its unit is the size of them all.
+        parameter = i > 1 + 2 * len(states)
+        size = torch.cat([t.flatten() for t in wanted[2 + 2 * len(states) :]]).square().mean().sqrt()
+        assert_close(
+            a, b, dtype=dtype, steps=layers * STEPS,
+            length=whole if i > len(states) else accumulation_length(width, hidden),
+            unit=max(1.0, size.item()) if parameter else 1.0, name=f"value {i}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", EXTRAS, ids=lambda w: "+".join(w) or "none")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
+def test_as_plain_torch(cell, form, which, device):
+    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
+    compare(named, which, form, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", [*(c for c in CHOICES if spec_of(c).projection), "lstm_peephole"])
+def test_with_a_projection(cell, form, device):
+    options = CHOICES.get(cell, Options())._replace(zoneout_h=0.0)
+    compare(with_options(cell, options), EXTRAS[1], form, device, proj=4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("cell", CHOICES)
+def test_narrower_numbers_and_several_blocks(cell, dtype, device):
+    options = CHOICES[cell] if dtype is F32 else SMOOTH[cell]
+    named = with_options(cell, options)
+    compare(named, EXTRAS[1], "packed", device, dtype, sizes=(6, 71), batch=35, layers=1)
+
+
+@pytest.mark.parametrize("place", cuda.ENGINES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm projected", "gru"])
+def test_resets_and_factors_in_every_place(cell, form, dtype, place, device):
+    """More samples than a tile has rows, more units than a block has."""
+    name, _, projected = cell.partition(" ")
+    proj = 13 if projected else 0
+    compare(name, EXTRAS[1], form, device, dtype, place, proj=proj, sizes=(5, 21), batch=19)
