@@ -16,13 +16,16 @@ from option_cases import (
     CHOICES,
     EXTRAS,
     PLAIN,
+    ByReference,
     allowed,
+    assert_within_policy,
     extras_for,
     given,
     input_for,
     results,
     tensors,
 )
+
 
 def assert_alike(found, wanted):
     """To rounding, of sums of numbers as large as the largest."""
@@ -57,6 +60,28 @@ def test_with_a_projection(cell):
     found = results(lambda: differentiable(config, x, states, weights, None, extras), leaves)
     wanted = results(lambda: composite.sequence(config, x, states, weights, None, extras), leaves)
     assert_alike(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
+def test_kernels_as_the_reference(cell, form, dtype):
+    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
+    layers, batch, features, hidden = 2, 13, 9, 29
+    weights, states = tensors(
+        named, layers=layers, sizes=(features, hidden), batch=batch, dtype=dtype,
+        scale=(3 * hidden) ** -0.5,
+    )  # fmt: skip
+    sizes, extras = extras_for(
+        form, layers=layers, directions=2, batch=batch, output=hidden, dtype=dtype
+    )
+    extras = given(allowed(named, EXTRAS[1]), extras)
+    x = input_for(form, batch, features, dtype)
+    config = Config(named, layers, True, True, False)
+    leaves = [x, *states, *weights]
+    found = results(lambda: differentiable(config, x, states, weights, sizes, extras), leaves)
+    wanted = ByReference(config, x, states, weights, form, extras).as_tensors()
+    assert_within_policy(found, wanted, config, (features, hidden, hidden), batch)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -180,8 +180,8 @@ def _layer_of(
     projected = each > 2 + 2 * config.bias + (own > 0)
     return _Layer(
         config.cell, gates, apart, states, saved, parameters, recurrent, config.num_layers,
-        directions, config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]), projected,
-        steps, batch, rows, dtype,
+        directions, config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]),
+        projected, steps, batch, rows, dtype,
     )  # fmt: skip
 
 

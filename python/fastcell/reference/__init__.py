@@ -20,7 +20,7 @@ directions).
 ((5, 2, 3), [(12, 3), (12, 4), (12,), (12,)])
 """
 
-from .cells import CELLS
+from .cells import CELLS, Options
 from .stack import Gradients, Result, Tape, backward, forward
 
-__all__ = ["CELLS", "Gradients", "Result", "Tape", "backward", "forward"]
+__all__ = ["CELLS", "Gradients", "Options", "Result", "Tape", "backward", "forward"]
