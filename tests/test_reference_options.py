@@ -28,7 +28,7 @@ def problem(cell, form="packed", which=EXTRAS[1], *, proj=0, dtype=np.float64):
     if cell in CHOICES:
         options = CHOICES[cell]
         named = with_options(cell, options._replace(zoneout_h=0.0) if proj else options)
-    weights, states = tensors(named, proj=proj)
+    weights, states = tensors(named, proj=proj, scale=(3 * 7) ** -0.5)  # no growth without end
     _, extras = extras_for(form, layers=2, directions=2, batch=3, output=proj or 7)
     config = Config(named, 2, True, True, False)
     own = given(allowed(named, which), extras)
@@ -52,7 +52,7 @@ def test_equals_finite_differences(cell, proj, form, which):
     def loss(moved):
         result = ours.forward(moved, save=False)
         outcomes = (result.output, *result.states)
-        return sum((np.sin(t) * (1 + i)).sum() for i, t in enumerate(outcomes))
+        return sum((t * t).sum() * (1 + i) for i, t in enumerate(outcomes))
 
     for k, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
         direction = rng.normal(size=value.shape)
