@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import fastcell
 from fastcell import composite, cuda
 from fastcell.autograd import differentiable
 from fastcell.cells import Options, spec_of, with_options
@@ -18,6 +19,7 @@ from option_cases import (
     CHOICES,
     EXTRAS,
     PLAIN,
+    STEPS,
     allowed,
     assert_within_policy,
     extras_for,
@@ -128,3 +130,22 @@ def test_resets_and_factors_in_every_place(cell, form, dtype, place, device):
     name, _, projected = cell.partition(" ")
     proj = 13 if projected else 0
     compare(name, EXTRAS[1], form, device, dtype, place, proj=proj, sizes=(5, 21), batch=19)
+
+
+@pytest.mark.parametrize("place", ["step", None])
+def test_a_layer_with_lengths_and_resets_is_each_sample_alone(place, device):
+    layer = fastcell.LSTM(
+        3, 9, 2, bidirectional=True, batch_first=True, peephole=True, cell_clip=0.5,
+        activation="elu", zoneout=(0.2, 0.3), dtype=F64, device=device,
+    ).eval()  # fmt: skip
+    batch, generator = 5, torch.Generator().manual_seed(3)
+    x = torch.randn(batch, STEPS, 3, dtype=F64, generator=generator).to(device)
+    reset = (torch.rand(batch, STEPS, generator=generator) < 0.3).to(device)
+    lengths = torch.tensor([2, 6, 1, 5, 6])
+    with cuda.choose_engine(place), torch.no_grad():
+        output, (h, c) = layer(x, lengths=lengths.to(device), reset=reset)
+        for b, n in enumerate(lengths.tolist()):
+            alone, (last_h, last_c) = layer(x[b, :n], reset=reset[b, :n])
+            for found, wanted in ((output[b, :n], alone), (h[:, b], last_h), (c[:, b], last_c)):
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+            assert not output[b, n:].any()

@@ -119,8 +119,7 @@ def forward(
     of_samples = check_recurrent_masks(recurrent_masks, kind, x, (count, batch, sizes.output))
     padded_holds = check_holds(holds, kind, x, (count, steps, batch), sizes)
 
-    if anew is not None:
-        anew = packing.pack(anew[:, :, None])[:, 0]
+    new_rows = None if anew is None else packing.pack(anew[:, :, None])[:, 0]
     if of_samples is not None:
         of_samples = packing.sort(of_samples)
     masks = [packing.pack(mask) for mask in padded_masks]
@@ -143,7 +142,7 @@ def forward(
                     packing.batch_sizes,
                     reverse=direction == 1,
                     extras=sequence.Extras(
-                        anew,
+                        new_rows,
                         None if of_samples is None else of_samples[index],
                         [None if h is None else packing.pack(h[index]) for h in padded_holds],
                     ),
