@@ -12,8 +12,8 @@ template <class V, bool kPeephole, bool kCoupled, bool kOptions>
 struct LstmVariant : CellTraits {
   static constexpr int gates = kCoupled ? 3 : 4;
   static constexpr int states = 2;
-  static constexpr int saved = gates + kOptions;  // and the c that zoneout hides
-  static constexpr bool direct = kOptions;        // a unit that keeps its h
+  static constexpr int saved = gates + kOptions;                // and the c that zoneout hides
+  static constexpr bool direct = kOptions;                      // a unit that keeps its h
   static constexpr int parameters = kPeephole ? gates - 1 : 0;  // rows i, f (unless coupled), o
   static constexpr int held = kOptions ? 2 : 0;
   static constexpr int g_at = gates - 2, o_at = gates - 1;

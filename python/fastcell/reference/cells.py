@@ -28,7 +28,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +81,6 @@ class Activation(NamedTuple):
     backward: Callable[[Array, Array], Array]
 
 
-Self = TypeVar("Self", bound="Cell")
-
-
 class Cell(ABC):
     """What the time loop needs to know of a cell. Instances hold nothing but their options."""
 
@@ -97,7 +94,7 @@ class Cell(ABC):
         self.options = options or Options()
         self.general = general  # whether its user has the choice of options
 
-    def having(self: Self, options: Options) -> Self:
+    def having(self, options: Options) -> Cell:
         """The same cell with other options."""
         twin = copy.copy(self)
         twin.options = options
