@@ -5,9 +5,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
-#include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -199,8 +199,8 @@ class BoundStack {
     return kernels_.forward_workspace(call, threads);
   }
 
-  int64_t backward_workspace(int64_t steps, int64_t batch, int64_t rows, bool masks,
-                             bool recurrent, int threads) const {
+  int64_t backward_workspace(int64_t steps, int64_t batch, int64_t rows, bool masks, bool recurrent,
+                             int threads) const {
     BackwardCall call{};
     call.stack = stack_;
     call.time = {steps, batch, rows, nullptr};
@@ -211,8 +211,8 @@ class BoundStack {
 
   void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y, Pointer h_final,
-               Pointer c_final, const ExtraPointers& extras, Pointer packed, Pointer reserve, Pointer workspace,
-               const std::string& storage, int threads) const {
+               Pointer c_final, const ExtraPointers& extras, Pointer packed, Pointer reserve,
+               Pointer workspace, const std::string& storage, int threads) const {
     ForwardCall call{};
     call.stack = stack_;
     call.time = timeline(steps, batch, rows, offsets);
@@ -248,10 +248,10 @@ class BoundStack {
   void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
                 int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
                 int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
-                Pointer d_h0, Pointer d_c0, const ExtraPointers& extras, const std::vector<Pointer>& weights,
-                const std::vector<Pointer>& d_weights, Pointer reserve, Pointer workspace,
-                int64_t d_x_step, int64_t d_x_row, bool accumulate, Pointer d_cells,
-                int threads) const {
+                Pointer d_h0, Pointer d_c0, const ExtraPointers& extras,
+                const std::vector<Pointer>& weights, const std::vector<Pointer>& d_weights,
+                Pointer reserve, Pointer workspace, int64_t d_x_step, int64_t d_x_row,
+                bool accumulate, Pointer d_cells, int threads) const {
     const size_t expected = size_t(stack_.layers) * stack_.directions * stack_.weights_each();
     if (weights.size() != expected || d_weights.size() != expected) {
       throw std::invalid_argument("backward: wrong number of weights");
@@ -736,8 +736,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<BoundStack>(m, "Stack", "A configuration of layers with the kernels that run it.")
       .def(py::init<const std::string&, const std::string&, const std::string&, int64_t, int64_t,
-                    int64_t, int, int, bool,
-                    const CellOptionsTuple&>(),
+                    int64_t, int, int, bool, const CellOptionsTuple&>(),
            py::arg("cell"), py::arg("dtype"), py::arg("products"), py::arg("input"),
            py::arg("hidden"), py::arg("proj"), py::arg("layers"), py::arg("directions"),
            py::arg("bias"), py::arg("options"))

@@ -26,8 +26,11 @@ inline Activation activation_named(const std::string& name) {
 
 inline CellOptions cell_options(const CellOptionsTuple& from) {
   const auto& [activation, output_activation, clip, zoneout_h, zoneout_c] = from;
-  return {activation_named(activation), activation_named(output_activation), std::isfinite(clip),
-          clip, {zoneout_h, zoneout_c}};
+  return {activation_named(activation),
+          activation_named(output_activation),
+          std::isfinite(clip),
+          clip,
+          {zoneout_h, zoneout_c}};
 }
 
 }  // namespace fastcell

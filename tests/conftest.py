@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from emulation_build import emulated
+from fastcell import cuda, engines
 from support import poisoned
 
 # The same examples on every machine and every day; no folder of remembered failures.
@@ -24,6 +26,25 @@ def poison() -> Iterator[None]:
         assert torch.zeros(2).new_empty(3).isnan().all()
         assert torch.empty_like(torch.zeros(2)).isnan().all()
         yield
+
+
+@pytest.fixture(
+    params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)],
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device that a problem's tensors are on: the CPU where the engine is emulated."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if not cuda.architectures():
+            pytest.skip("built without CUDA kernels")
+        yield "cuda"
+        torch.cuda.synchronize()
+        return
+    emulated().pretend()
+    monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
+    monkeypatch.setattr(cuda, "device_code", emulated())
+    yield "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -34,25 +34,6 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 PLACES = ("step", "grid", "cluster")
 
 
-@pytest.fixture(
-    params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)],
-)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The device that a problem's tensors are on: the CPU where the engine is emulated."""
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        if not cuda.architectures():
-            pytest.skip("built without CUDA kernels")
-        yield "cuda"
-        torch.cuda.synchronize()
-        return
-    emulated().pretend()
-    monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
-    monkeypatch.setattr(cuda, "device_code", emulated())
-    yield "cpu"
-
-
 @pytest.fixture(autouse=True)
 def _poison(poison: None) -> None:
     pass

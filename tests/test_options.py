@@ -11,68 +11,21 @@ import torch
 import fastcell
 from fastcell import composite, noise
 from fastcell.autograd import differentiable
-from fastcell.cells import CELLS, Options, options_of, spec_of, with_options
-from fastcell.plan import Config, Extras
-
-CHOICES = {
-    "rnn_general": Options("sigmoid", "tanh", math.inf, 0.3, 0.0),
-    "independent": Options("elu", "tanh", math.inf, 0.2, 0.0),
-    "lstm_general": Options("relu", "softsign", 0.8, 0.2, 0.4),
-    "lstm_peephole_general": Options("elu", "identity", 1.1, 0.0, 0.3),
-    "lstm_coupled_general": Options("identity", "sigmoid", math.inf, 0.3, 0.0),
-    "lstm_coupled_peephole_general": Options("softsign", "elu", 0.5, 0.1, 0.2),
-    "gru_general": Options("softsign", "tanh", math.inf, 0.4, 0.0),
-    "gru_before": Options("elu", "tanh", math.inf, 0.3, 0.0),
-}
-PLAIN = [name for name in CELLS if name not in CHOICES]
-
-
-def tensors(cell, *, layers=2, directions=2, proj=0, sizes=(5, 7), batch=3, dtype=torch.float64):
-    """Weights and states of a stack, of numbers that reach all branches."""
-    spec = spec_of(cell)
-    features, hidden = sizes
-    generator = torch.Generator().manual_seed(len(cell))
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=dtype, generator=generator).mul_(0.4).requires_grad_()
-
-    weights = []
-    output = proj or hidden
-    for layer in range(layers):
-        wide = features if layer == 0 else directions * output
-        for _ in range(directions):
-            weights.append(draw(spec.gates * hidden, wide))
-            weights.append(draw(spec.gates * hidden if spec.recurrent else spec.parameters, output))
-            weights += [draw(spec.gates * hidden), draw(spec.gates * hidden)]
-            if proj:
-                weights.append(draw(proj, hidden))
-            if spec.rows:
-                weights.append(draw(spec.rows, hidden))
-    states = [draw(layers * directions, batch, n) for n in (output, hidden)[: spec.states]]
-    return weights, states
-
-
-def extras_for(form, *, layers, directions, batch, output, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(7)
-    steps = 6
-    sizes = torch.tensor([3, 3, 3, 2, 2, 1]) if form == "packed" else None
-    times = (14,) if form == "packed" else (steps, batch)
-
-    def chance(p, *shape):
-        return torch.rand(*shape, generator=generator) < p
-
-    return sizes, Extras(
-        2.0 * chance(0.5, layers - 1, *times, directions * output).to(dtype),
-        2.0 * chance(0.5, layers * directions, batch, output).to(dtype),
-        chance(0.25, *times),
-        torch.tensor([1 << 40 | 12345]),
-    )
-
-
-def results(run, leaves):
-    output, states = run()
-    total = sum((t.sin() * (1 + i)).sum() for i, t in enumerate((output, *states)))
-    return [output, *states, *torch.autograd.grad(total, leaves)]
+from fastcell.cells import Options, options_of, spec_of, with_options
+from fastcell.plan import Config
+from option_cases import (
+    CHOICES,
+    EXTRAS,
+    PLAIN,
+    ByReference,
+    allowed,
+    assert_within_policy,
+    extras_for,
+    given,
+    input_for,
+    results,
+    tensors,
+)
 
 
 def assert_alike(found, wanted):
@@ -81,28 +34,17 @@ def assert_alike(found, wanted):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
-def given(which, extras):
-    return Extras(*[t if name in which else None for name, t in extras._asdict().items()])
-
-
-EXTRAS = [(), ("dropout", "recurrent", "reset", "seed"), ("recurrent",), ("reset",), ("seed",)]
-
-
 @pytest.mark.parametrize("which", EXTRAS, ids=lambda w: "+".join(w) or "none")
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
 def test_kernels_as_plain_torch(cell, form, which):
     named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
-    if not spec_of(named).recurrent:
-        which = tuple(w for w in which if w != "recurrent")
     weights, states = tensors(named)
     sizes, extras = extras_for(form, layers=2, directions=2, batch=3, output=7)
-    torch.manual_seed(11)
-    x = torch.randn(14, 5) if form == "packed" else torch.randn(6, 3, 5)
-    x = x.double().requires_grad_()
+    x = input_for(form, 3, 5)
     config = Config(named, 2, True, True, False)
     leaves = [x, *states, *weights]
-    own = given(which, extras)
+    own = given(allowed(named, which), extras)
     found = results(lambda: differentiable(config, x, states, weights, sizes, own), leaves)
     wanted = results(lambda: composite.sequence(config, x, states, weights, sizes, own), leaves)
     assert_alike(found, wanted)
@@ -113,13 +55,36 @@ def test_with_a_projection(cell):
     named = with_options(cell, CHOICES[cell]._replace(zoneout_h=0.0))
     weights, states = tensors(named, proj=4)
     _, extras = extras_for("padded", layers=2, directions=2, batch=3, output=4)
-    torch.manual_seed(11)
-    x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = input_for("padded", 3, 5)
     config = Config(named, 2, True, True, False)
     leaves = [x, *states, *weights]
     found = results(lambda: differentiable(config, x, states, weights, None, extras), leaves)
     wanted = results(lambda: composite.sequence(config, x, states, weights, None, extras), leaves)
     assert_alike(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
+def test_kernels_as_the_reference(cell, form, dtype):
+    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
+    layers, batch, features, hidden = 2, 13, 9, 29
+    weights, states = tensors(
+        named, layers=layers, sizes=(features, hidden), batch=batch, dtype=dtype,
+        scale=(3 * hidden) ** -0.5,
+    )  # fmt: skip
+    sizes, extras = extras_for(
+        form, layers=layers, directions=2, batch=batch, output=hidden, dtype=dtype
+    )
+    # (The reference's second product of that GRU knows no recurrent mask.)
+    which = [w for w in EXTRAS[1] if w != "recurrent" or cell != "gru_before"]
+    extras = given(allowed(named, which), extras)
+    x = input_for(form, batch, features, dtype)
+    config = Config(named, layers, True, True, False)
+    leaves = [x, *states, *weights]
+    found = results(lambda: differentiable(config, x, states, weights, sizes, extras), leaves)
+    wanted = ByReference(config, x, states, weights, form, extras).as_tensors()
+    assert_within_policy(found, wanted, config, (features, hidden, hidden), batch)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -129,11 +94,8 @@ def test_odd_sizes_and_threads(cell, sizes, threads):
     named = with_options(cell, CHOICES[cell])
     weights, states = tensors(named, layers=1, directions=1, sizes=sizes, batch=19)
     _, extras = extras_for("padded", layers=1, directions=1, batch=19, output=sizes[1])
-    extras = extras._replace(dropout=None)
-    if not spec_of(named).recurrent:
-        extras = extras._replace(recurrent=None)
-    torch.manual_seed(11)
-    x = torch.randn(6, 19, sizes[0], dtype=torch.float64, requires_grad=True)
+    extras = given(allowed(named, ("recurrent", "reset", "seed")), extras)
+    x = input_for("padded", 19, sizes[0])
     config = Config(named, 1, False, True, False)
     leaves = [x, *states, *weights]
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Leaky units, LSTMs with peepholes, coupled gates, or both: against reference, onnxruntime."""
+"""Leaky units, LSTMs with peepholes, coupled gates, or both: against the reference."""
 
 from __future__ import annotations
 
@@ -218,54 +218,3 @@ def test_alphas_are_fixed_or_learned():
         fastcell.LeakyRNN(3, 4, alpha=1.5)
     with pytest.raises(ValueError, match=r"of shape \(4,\) or \(1, 4\), got \(3,\)"):
         fastcell.LeakyRNN(3, 4, alpha=torch.zeros(3))
-
-
-@pytest.mark.parametrize("cell", LSTMS)
-def test_against_onnxruntime(cell):
-    """ONNX's order: gates i o f c, peepholes i o f; coupled is input_forget, where f = 1 - i."""
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    peephole, coupled = "peephole" in cell, "coupled" in cell
-    T, B, I, H = 6, 3, 4, 5  # noqa: E741
-    layer = fastcell.LSTM(I, H, peephole=peephole, coupled=coupled)
-    w = {name.removesuffix("_l0"): p.detach() for name, p in layer.named_parameters()}
-
-    def gates(t: torch.Tensor) -> np.ndarray:
-        if coupled:
-            i, g, o = t.chunk(3)
-            f = torch.zeros_like(i)
-        else:
-            i, f, g, o = t.chunk(4)
-        return torch.cat((i, o, f, g)).numpy()[None]
-
-    feeds = {
-        "X": torch.randn(T, B, I).numpy(),
-        "W": gates(w["weight_ih"]),
-        "R": gates(w["weight_hh"]),
-        "B": np.concatenate((gates(w["bias_ih"]), gates(w["bias_hh"])), 1),
-    }
-    names = [*feeds, "", "", "", "P"] if peephole else list(feeds)
-    if peephole:
-        p = w["weight_peephole"]
-        rows = (p[0], p[1], torch.zeros(H)) if coupled else (p[0], p[2], p[1])
-        feeds["P"] = torch.cat(rows).numpy()[None]
-    helper = onnx.helper
-    node = helper.make_node(
-        "LSTM", names, ["Y"], hidden_size=H, **({"input_forget": 1} if coupled else {})
-    )
-    given = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)
-        for name, value in feeds.items()
-    ]
-    result = helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, [T, 1, B, H])
-    model = helper.make_model(
-        helper.make_graph([node], "g", given, [result]),
-        opset_imports=[helper.make_opsetid("", 14)], ir_version=8,
-    )  # fmt: skip
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    (theirs,) = session.run(None, feeds)
-    with torch.no_grad():
-        ours = layer(torch.from_numpy(feeds["X"]))[0]
-    torch.testing.assert_close(ours, torch.from_numpy(theirs[:, 0]), rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ namespace fastcell::cells {
 template <class V>
 struct Gru : CellTraits {
   static constexpr int gates = 3;
-  static constexpr int apart = 1;  // n's recurrent term is scaled by r before it joins
+  static constexpr int apart = 1;       // n's recurrent term is scaled by r before it joins
   static constexpr int saved = 4;       // r, z, n and n's recurrent term
   static constexpr bool direct = true;  // z h_{t-1}
 

@@ -12,8 +12,8 @@ template <class V, bool kPeephole, bool kCoupled, bool kOptions>
 struct LstmVariant : CellTraits {
   static constexpr int gates = kCoupled ? 3 : 4;
   static constexpr int states = 2;
-  static constexpr int saved = gates + kOptions;  // and the c that zoneout hides
-  static constexpr bool direct = kOptions;        // a unit that keeps its h
+  static constexpr int saved = gates + kOptions;                // and the c that zoneout hides
+  static constexpr bool direct = kOptions;                      // a unit that keeps its h
   static constexpr int parameters = kPeephole ? gates - 1 : 0;  // rows i, f (unless coupled), o
   static constexpr int held = kOptions ? 2 : 0;
   static constexpr int g_at = gates - 2, o_at = gates - 1;
@@ -61,7 +61,7 @@ struct LstmVariant : CellTraits {
     V d_c = d_after;
     if constexpr (kOptions) {
       const Activation phi = options.output_activation;
-      d_c = d_c + unclipped(options, phi, phi_c, d_h * o * slope(phi, phi_c));
+      d_c = fma(d_h * o, slope(phi, phi_c), d_c);
     } else {
       d_c = fma(d_h * o, V(1) - phi_c * phi_c, d_c);
     }
@@ -118,7 +118,7 @@ struct LstmVariant : CellTraits {
   }
 
   static FASTCELL_INLINE V output(const CellOptions& options, V c) {
-    return kOptions ? activate(options.output_activation, clipped(options, c)) : tanh(c);
+    return kOptions ? activate(options.output_activation, c) : tanh(c);
   }
 };
 

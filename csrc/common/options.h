@@ -10,7 +10,7 @@ constexpr int kActivations = 6;
 struct CellOptions {
   Activation activation;         // of the candidate: g, n or v
   Activation output_activation;  // of the memory cell, before the output gate
-  bool clips;                    // whether the arguments of all activations are bounded
+  bool clips;                    // whether the gates' arguments are bounded
   double clip;                   // by this, on both sides
   double zoneout[2];             // probabilities with which a unit keeps its h, its c
 };

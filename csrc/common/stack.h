@@ -123,8 +123,8 @@ struct ForwardCall {
   void* final_state[kMaxStates];  // (L*D, B, .) each
   void* y;                        // (rows, D*output)
   Extras extras;
-  const void* packed;             // what pack() made
-  void* reserve;                  // kept for the backward call, or null
+  const void* packed;  // what pack() made
+  void* reserve;       // kept for the backward call, or null
   void* workspace;
 };
 

@@ -1,5 +1,5 @@
-// Backpropagation through time: steps of one layer, both directions at once. Gradients of inputs and
-// weights are products over the whole sequence, made after it.
+// Backpropagation through time: steps of one layer, both directions at once. Gradients of inputs
+// and weights are products over the whole sequence, made after it.
 #pragma once
 
 #include "forward.h"
@@ -20,8 +20,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const bool projected = C::states > 1 && p.projected_width != 0;
   const Index y_stride = Index(p.directions) * p.output;
   const E* const y = static_cast<const E*>(p.y) + block.direction * p.output;
-  const E* const d_y =
-      p.d_y ? static_cast<const E*>(p.d_y) + block.direction * p.output : nullptr;
+  const E* const d_y = p.d_y ? static_cast<const E*>(p.d_y) + block.direction * p.output : nullptr;
   const R* const gates = static_cast<const R*>(side.gates);
   const R* const cells = static_cast<const R*>(side.cells);
   E* const d_gates = static_cast<E*>(side.d_gates);
@@ -169,8 +168,8 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll
           for (int g = 0; g < kColumns; ++g) narrow(d_a[g].v, to[g * p.hidden]);
         }
-        E* to = block.to_publish(slot ^ 1, pair.row) +
-                pair.index / kGroup * (kGroup * kGates) + pair.index % kGroup;
+        E* to = block.to_publish(slot ^ 1, pair.row) + pair.index / kGroup * (kGroup * kGates) +
+                pair.index % kGroup;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
           const V d = d_a[g < kGates - kApart ? g : g + kApart];

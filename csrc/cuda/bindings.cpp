@@ -23,15 +23,28 @@ void* at(Pointer p) { return reinterpret_cast<void*>(p); }
 // The members of Side, in their order; 0 for null.
 constexpr size_t kSidePointers = 16;
 cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
-  return {at(p[0]), at(p[1]), at(p[2]), at(p[3]), at(p[4]), at(p[5]), {at(p[6]), at(p[7])},
-          at(p[8]), at(p[9]), at(p[10]), {at(p[11]), at(p[12])}, at(p[13]), at(p[14]), at(p[15]),
+  return {at(p[0]),
+          at(p[1]),
+          at(p[2]),
+          at(p[3]),
+          at(p[4]),
+          at(p[5]),
+          {at(p[6]), at(p[7])},
+          at(p[8]),
+          at(p[9]),
+          at(p[10]),
+          {at(p[11]), at(p[12])},
+          at(p[13]),
+          at(p[14]),
+          at(p[15]),
           nullptr};
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& module) {
-  py::class_<Plan>(module, "CudaPlan", py::module_local(), "How a layer runs on a GPU, and its launches.")
+  py::class_<Plan>(module, "CudaPlan", py::module_local(),
+                   "How a layer runs on a GPU, and its launches.")
       .def(py::init([](int device, const std::string& cell, const std::string& products,
                        bool backward, long long steps, long long batch, int hidden, int output,
                        int directions, bool projected, const std::string& wanted) {
@@ -44,8 +57,7 @@ void bind_cuda(py::module_& module) {
            py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
            py::arg("steps"), py::arg("batch"), py::arg("hidden"), py::arg("output"),
            py::arg("directions"), py::arg("projected"), py::arg("wanted"))
-      .def_property_readonly("place",
-                             [](const Plan& p) { return cuda::kPlaceNames[int(p.place)]; })
+      .def_property_readonly("place", [](const Plan& p) { return cuda::kPlaceNames[int(p.place)]; })
       .def_property_readonly("rows", [](const Plan& p) { return p.row_warps * 16; })
       .def_property_readonly("units", [](const Plan& p) { return p.unit_warps * 8; })
       .def_readonly("unit_blocks", &Plan::unit_blocks)
@@ -60,8 +72,8 @@ void bind_cuda(py::module_& module) {
           [](const Plan& plan, Pointer stream,
              const std::vector<std::array<Pointer, kSidePointers>>& sides, Pointer flags,
              Pointer offsets, Pointer lengths, Pointer reset, Pointer seed,
-             const CellOptionsTuple& options, int layer, int gate_stride, Pointer y, Pointer d_y, bool keep,
-             bool finish, Pointer status, long long patience) {
+             const CellOptionsTuple& options, int layer, int gate_stride, Pointer y, Pointer d_y,
+             bool keep, bool finish, Pointer status, long long patience) {
             if (int(sides.size()) != plan.sizes.directions) {
               throw std::invalid_argument("one side per direction");
             }
@@ -89,8 +101,8 @@ void bind_cuda(py::module_& module) {
           },
           py::arg("stream"), py::arg("sides"), py::arg("flags"), py::arg("offsets"),
           py::arg("lengths"), py::arg("reset"), py::arg("seed"), py::arg("options"),
-          py::arg("layer"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"),
-          py::arg("keep"), py::arg("finish"), py::arg("status"), py::arg("patience"));
+          py::arg("layer"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"), py::arg("keep"),
+          py::arg("finish"), py::arg("status"), py::arg("patience"));
 
   module.def(
       "cuda_cell",

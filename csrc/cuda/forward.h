@@ -42,8 +42,8 @@ FASTCELL_INLINE Pair<typename Block::R> pair_of(const Block& block, int i) {
 
 // The cell's parameters of a pair's unit.
 template <class Block, class V, int N>
-FASTCELL_INLINE void load_parameters(const Block& block, const Pair<typename Block::R>& pair, int count,
-                                     V (&to)[N]) {
+FASTCELL_INLINE void load_parameters(const Block& block, const Pair<typename Block::R>& pair,
+                                     int count, V (&to)[N]) {
   const auto* from = static_cast<const typename Block::R*>(block.side.parameters);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -146,8 +146,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     load_parameters(block, pairs[i], C::parameters, parameters[i]);
     for (int k = 0; k < kApart; ++k) {
       const R* bias = static_cast<const R*>(side.apart_bias);
-      apart_bias[i][k] =
-          bias && pairs[i].exists ? bias[k * p.hidden + pairs[i].index] : R(0);
+      apart_bias[i][k] = bias && pairs[i].exists ? bias[k * p.hidden + pairs[i].index] : R(0);
     }
   }
   if (p.stages & kCell) look_ahead(p.begin);

@@ -3,9 +3,13 @@
 Used when the extension is built (compile.py), and to make the emulated ones' table:
 
     python kernel_names.py --table > emulated_kernels.cpp
+    python kernel_names.py --table persistent > emulated_kernels.cpp     (of those cells alone)
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
 
 PASSES = ("forward", "backward")
 CELLS = {
@@ -46,11 +50,11 @@ def name(kind: str, cell: str, products: str, place: str) -> str:
     )
 
 
-def names(capability: int) -> list[str]:
+def names(capability: int, cells: Iterable[str] = CELLS) -> list[str]:
     """The kernels for an architecture, such as 90 for 9.0."""
     found = []
     for kind in PASSES:
-        for cell in CELLS:
+        for cell in cells:
             for products, (_, places) in PRODUCTS.items():
                 if products in ("tf32", "bfloat16") and capability < 80:  # no such tensor cores
                     continue
@@ -60,10 +64,10 @@ def names(capability: int) -> list[str]:
     return found
 
 
-def table() -> str:
+def table(cells: Iterable[str]) -> str:
     """C++ source of the emulated kernels' table."""
     call = "[](const void* p) {{ {}(*static_cast<const Sweep*>(p)); }}"
-    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in names(90))
+    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in names(90, cells))
     return f"""#include "kernels.cu"
 
 #include "gpu_emulated.h"
@@ -83,4 +87,4 @@ const EmulatedKernel* emulated_kernels(int* count) {{
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table(PERSISTENT if sys.argv[-1] == "persistent" else CELLS), end="")

@@ -18,8 +18,8 @@ namespace {
 template <template <class> class Cell>
 constexpr CellFacts facts(const char* name, const char* type, bool persistent) {
   using C = Cell<float>;
-  return {name, type, C::gates, C::apart, C::states, C::saved, C::parameters, C::recurrent,
-          persistent};
+  return {name,     type,          C::gates,     C::apart,  C::states,
+          C::saved, C::parameters, C::recurrent, persistent};
 }
 
 // As in kernel_names.py.
@@ -162,7 +162,8 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
   const int chunk = kChunkBytes / plan.products.element;
   const int gates_width = up(up(sizes.hidden, kGroup) * plan.cell.gates, chunk);
   plan.width = sizes.backward ? gates_width : up(sizes.output, chunk);
-  if (sizes.projected) plan.projected_width = up(sizes.backward ? sizes.output : sizes.hidden, chunk);
+  if (sizes.projected)
+    plan.projected_width = up(sizes.backward ? sizes.output : sizes.hidden, chunk);
 
   Plan best{};
   bool found = false;

@@ -18,11 +18,11 @@ struct CellFacts {
 struct ProductsFacts {
   const char* name;
   const char* type;
-  int element, real;    // bytes of a number as stored, as summed
-  bool persistent;      // whether there are kernels for all steps at once
-  bool tensor;          // whether tensor cores multiply
-  double chunk_time;    // ns that a warp takes for 64 bytes along k, 8 columns
-  int capability;       // least that has them
+  int element, real;  // bytes of a number as stored, as summed
+  bool persistent;    // whether there are kernels for all steps at once
+  bool tensor;        // whether tensor cores multiply
+  double chunk_time;  // ns that a warp takes for 64 bytes along k, 8 columns
+  int capability;     // least that has them
 };
 const CellFacts& cell_facts(const std::string& name);
 const ProductsFacts& products_facts(const std::string& name);
@@ -54,8 +54,8 @@ struct Plan {
   std::string kernel() const;
 };
 
-// The plan that the model of the machine finds fastest; with `wanted` (a place's name, or empty) the
-// fastest of those. Throws std::invalid_argument if there is none.
+// The plan that the model of the machine finds fastest; with `wanted` (a place's name, or empty)
+// the fastest of those. Throws std::invalid_argument if there is none.
 Plan choose_plan(int device, const std::string& cell, const std::string& products,
                  const Sizes& sizes, const std::string& wanted);
 

@@ -43,34 +43,32 @@ struct Side {
 struct Sweep {
   Side side[2];
   long long steps, batch;
-  const long long* offsets;  // packed: T + 1 first rows; else null
-  const long long* lengths;  // (B): steps of each sample; null: all
-  // R's rows before which a sample's states become zero, and what zoneout draws from (null: it takes
-  // the expectation).
-  const unsigned char* reset;
-  const unsigned long long* seed;
+  const long long* offsets;        // packed: T + 1 first rows; else null
+  const long long* lengths;        // (B): steps of each sample; null: all
+  const unsigned char* reset;      // (rows): whether a sample's states are zero before that step
+  const unsigned long long* seed;  // of what zoneout draws; null: it takes the expectation
   CellOptions options;
-  int layer;                 // index of the first direction's
-  int hidden;                // H
-  int output;                // P, or H
+  int layer;   // index of the first direction's
+  int hidden;  // H
+  int output;  // P, or H
   int directions;
-  int gate_stride;          // reals between rows of `gates`
-  void* y;                  // E (rows, directions * P): output; backward: as it was
-  const void* d_y;          // E, likewise, or null
-  long long begin, end;     // steps to process
-  int stages;               // of each step: kCell, kOutput or both
-  bool keep;                // forward: what the backward pass needs
-  bool finish;              // backward: then h's gradient before the first step
-  int width;                // numbers along k that the product takes, padded
-  int projected_width;      // the same for the projection; 0 without one
-  int unit_blocks;          // blocks that share the units
-  int tiles;                // of the whole batch
-  int row_warps;            // 16 samples each
-  int unit_warps;           // 8 units each
-  int k_warps;              // parts of k; row_warps * unit_warps * k_warps = kWarps
-  int first_tile;           // of the batch
-  int* status;              // set where waiting was given up
-  long long patience;       // looks at a flag before that
+  int gate_stride;       // reals between rows of `gates`
+  void* y;               // E (rows, directions * P): output; backward: as it was
+  const void* d_y;       // E, likewise, or null
+  long long begin, end;  // steps to process
+  int stages;            // of each step: kCell, kOutput or both
+  bool keep;             // forward: what the backward pass needs
+  bool finish;           // backward: then h's gradient before the first step
+  int width;             // numbers along k that the product takes, padded
+  int projected_width;   // the same for the projection; 0 without one
+  int unit_blocks;       // blocks that share the units
+  int tiles;             // of the whole batch
+  int row_warps;         // 16 samples each
+  int unit_warps;        // 8 units each
+  int k_warps;           // parts of k; row_warps * unit_warps * k_warps = kWarps
+  int first_tile;        // of the batch
+  int* status;           // set where waiting was given up
+  long long patience;    // looks at a flag before that
 };
 
 }  // namespace fastcell::cuda

@@ -53,7 +53,7 @@ class Options(NamedTuple):
     Attributes:
         activation: of the candidate: an LSTM's g, a GRU's n, an RNN's h.
         output_activation: of an LSTM's c, before the output gate.
-        clip: bound on the arguments of all activations.
+        clip: bound on the arguments of an LSTM's gates.
         zoneout_h, zoneout_c: probabilities with which a unit keeps its h, its c.
     """
 

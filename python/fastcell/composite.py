@@ -75,7 +75,7 @@ def _lstm_variant(
     f = 1 - i if gates == 3 else torch.sigmoid(bounded(inner[1]))
     c = f * state[1] + i * _ACTIVATIONS[activation](bounded(g))
     o = torch.sigmoid(bounded(o if p is None else o + p[-1] * c))
-    return o * _ACTIVATIONS[output_activation](bounded(c)), c
+    return o * _ACTIVATIONS[output_activation](c), c
 
 
 def _gru(x: Tensor, h: Tensor, state: States, p: Tensor | None, options: Options) -> States:

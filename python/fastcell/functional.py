@@ -259,7 +259,7 @@ def lstm(
         coupled: f = 1 - i.
         activation, output_activation: of g, and of c before the output gate: ``"tanh"``,
             ``"relu"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or ``"elu"``.
-        cell_clip: bound on the arguments of all activations, c's included: ONNX's ``clip``.
+        cell_clip: bound on the arguments of all gates: ``clip`` as onnxruntime has it.
         zoneout: of h and c, or a pair; with a projection of c alone, ``(0, p)``.
         bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
             reset, recompute, recurrent_dropout: as for :func:`rnn`.

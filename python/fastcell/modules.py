@@ -773,8 +773,8 @@ class LSTM(_Layer):
             other parameters have 3*H rows, and peepholes two, i and o.
         activation, output_activation: in place of tanh for g, and for c before the output gate:
             ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or ``"elu"``.
-        cell_clip: bound on the arguments of all activations, c's included (not on c itself), as
-            ONNX's ``clip``; None for none.
+        cell_clip: bound on the arguments of all gates, as onnxruntime has ONNX's ``clip``; None for
+            none.
         zoneout: as for :class:`RNN`, of h and c, or a pair for each; with ``proj_size`` of c alone,
             ``(0, p)``.
         recurrent_dropout, weight_dropout: as for :class:`RNN`.

@@ -96,11 +96,13 @@ class Layer {
     for (int d = 0; d < sizes.directions; ++d) {
       given_.push_back({random<E>(gates_ * hidden_ * output_, 2 / std::sqrt(double(output_))),
                         random<E>(output_ * hidden_, 2 / std::sqrt(double(hidden_))),
-                        random<E>(batch * output_, 1), random<R>(rows_ * gates_ * hidden_, 1),
+                        random<E>(batch * output_, 1), random<E>(batch * output_, 1),
+                        random<R>(rows_ * gates_ * hidden_, 1),
                         random<R>(size_t(cell_.apart) * hidden_, 1), random<R>(batch * hidden_, 1),
                         random<R>(batch * output_, 1), random<R>(batch * hidden_, 1)});
     }
     d_y_ = random<E>(rows_ * y_width_, 1);
+    for (size_t row = 0; row < rows_; ++row) reset_.push_back(generator() % 4 == 0);
   }
 
   Results<E, R> forward(const char* place) {
@@ -139,7 +141,7 @@ class Layer {
 
  private:
   struct Given {
-    std::vector<E> w_hh, w_hr, h;
+    std::vector<E> w_hh, w_hr, h, factors;
     std::vector<R> terms, apart_bias, c, d_h, d_c;
   };
   struct Workspace {
@@ -168,7 +170,8 @@ class Layer {
     return packed;
   }
 
-  Workspace workspace(const Plan& plan, const Given& given, const std::vector<R>& h) const {
+  Workspace workspace(const Plan& plan, const Given& given, const std::vector<R>& h,
+                      bool reverse) const {
     const size_t columns = size_t(plan.unit_blocks * plan.unit_warps) * kGroup;
     const size_t samples = size_t(plan.tiles * plan.row_warps) * kWarpRows;
     const auto w_hh = [&](size_t g, size_t u, size_t k) {
@@ -198,8 +201,13 @@ class Layer {
     if (projected()) {
       made.projection = pack(1, output_, hidden_, columns, plan.projected_width, w_hr);
     }
+    const size_t first = reverse ? kSteps - 1 : 0;  // step
     for (size_t i = 0; i < h.size(); ++i) {
-      Operand<P>::from(h[i], made.exchange[i / output_ * size_t(plan.width) + i % output_]);
+      const size_t sample = i / output_;
+      const bool alive = lengths_[sample] > (long long)(first);
+      if (alive && reset_[size_t(offsets_[first]) + sample]) continue;
+      Operand<P>::from(h[i] * widen(given.factors[i]),
+                       made.exchange[sample * size_t(plan.width) + i % output_]);
     }
     return made;
   }
@@ -214,11 +222,12 @@ class Layer {
     for (size_t d = 0; d < given_.size(); ++d) {
       Given& given = given_[d];
       Tensors<E, R>& own = to.of[d];
-      work.push_back(workspace(plan, given, own.h));
+      work.push_back(workspace(plan, given, own.h, d == 1));
       Side& side = sweep.side[d];
       side.weights = work[d].weights.data();
       side.projection = work[d].projection.data();
       side.gates = own.gates.data();
+      side.factors = given.factors.data();
       side.apart_bias = given.apart_bias.data();
       side.carry[0] = wrong == Wrong::kStates ? own.c.data() : own.h.data();
       side.carry[1] = own.c.data();
@@ -236,6 +245,7 @@ class Layer {
       sweep.offsets = offsets_.data();
       sweep.lengths = lengths_.data();
     }
+    sweep.reset = reset_.data();
     sweep.gate_stride = int(gate_stride_);
     sweep.y = to.y.data();
     sweep.d_y = backward ? d_y_.data() : nullptr;
@@ -254,6 +264,7 @@ class Layer {
   size_t rows_;
   std::vector<Given> given_;
   std::vector<E> d_y_;
+  std::vector<unsigned char> reset_;  // of each row
 };
 
 // The names of what is not near the expected numbers; NaN is near nothing.

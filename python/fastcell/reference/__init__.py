@@ -22,12 +22,13 @@ reservoir.py.
 """
 
 from . import reservoir, tree
-from .cells import CELLS
+from .cells import CELLS, Options
 from .stack import Gradients, Result, Tape, backward, forward
 
 __all__ = [
     "CELLS",
     "Gradients",
+    "Options",
     "Result",
     "Tape",
     "backward",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from .cells import Array, Cell, Sizes, Weights
+from .cells import ACTIVATIONS, Array, Cell, Options, Sizes, Weights
 from .packing import Integers
 
 
@@ -51,6 +51,8 @@ def check_weights(
             )
         projection = projected.shape[0]
     recurrent = arrays[1]
+    if not cell.recurrent:  # whose rows say nothing of H
+        recurrent = recurrent[:1].T
     if recurrent.ndim != 2 or recurrent.shape[0] % cell.gates or not recurrent.size:
         raise ValueError(
             f"weight_hh_l0 must have shape ({cell.gates}*H, P) with H and P at least 1, "
@@ -99,6 +101,66 @@ def check_dropout_masks(
 ) -> Sequence[Array] | Array:
     """The masks (L-1, T, B, D*P), or none."""
     return [] if masks is None else _check_array("dropout_masks", np.asarray(masks), shape, x)
+
+
+def check_options(cell: Cell, options: Options | None) -> Cell:
+    """The cell with these options, or as it is."""
+    if options is None:
+        return cell
+    if not cell.general:
+        raise ValueError(f"{cell.name} has no options, got {options}")
+    for name in options[:2]:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return cell.having(Options(*options))
+
+
+def check_reset(reset: ArrayLike | None, steps: int, batch: int) -> NDArray[np.bool_] | None:
+    """reset (T, B), bools."""
+    if reset is None:
+        return None
+    array = np.asarray(reset)
+    if array.shape != (steps, batch):
+        raise ValueError(f"reset must have shape {(steps, batch)}, got {array.shape}")
+    if array.dtype != np.bool_:
+        raise TypeError(f"reset must be bools, got {array.dtype}")
+    return array
+
+
+def check_recurrent_masks(
+    masks: ArrayLike | None, cell: Cell, x: Array, shape: tuple[int, ...]
+) -> Array | None:
+    """The masks (L*D, B, P), if any."""
+    if masks is None:
+        return None
+    if not cell.recurrent:
+        raise ValueError(f"{cell.name} has no recurrent product for recurrent_masks")
+    return _check_array("recurrent_masks", np.asarray(masks), shape, x)
+
+
+def check_holds(
+    holds: Sequence[ArrayLike | None] | None,
+    cell: Cell,
+    x: Array,
+    shape: tuple[int, int, int],
+    sizes: Sizes,
+) -> list[Array | None]:
+    """Of each state the parts (L*D, T, B, H) that stay, or None: nothing does."""
+    expected = cell.options[-2:]
+    states = len(cell.state_sizes(sizes))
+    given = [None] * states if holds is None else holds
+    if len(given) != states:
+        raise ValueError(f"holds must be a list of {states} array(s), got {len(given)}")
+    parts: list[Array | None] = []
+    for k, (array, p) in enumerate(zip(given, expected, strict=False)):
+        if array is not None:
+            whole = (*shape, sizes.hidden)
+            parts.append(_check_array(f"holds[{k}]", np.asarray(array), whole, x))
+        else:
+            parts.append(np.full((*shape, sizes.hidden), p, x.dtype) if p else None)
+    if sizes.projection and parts[0] is not None:
+        raise ValueError("a projection leaves no h of H units that could be held")
+    return parts
 
 
 def check_grads(

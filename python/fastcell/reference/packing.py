@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .cells import Array
 
 Integers = NDArray[np.integer[Any]]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Packing(NamedTuple):
@@ -32,11 +33,11 @@ class Packing(NamedTuple):
         order = np.argsort(-lengths.astype(np.int64), kind="stable")
         return cls(steps, batch, running.sum(axis=1).tolist(), order)
 
-    def pack(self, padded: Array) -> Array:
+    def pack(self, padded: NDArray[Scalar]) -> NDArray[Scalar]:
         """(T, B, F) -> (Σ lengths, F)."""
         if self.order is None:
             return padded.reshape(self.steps * self.batch, padded.shape[2])
-        rows: Array = padded[self._places()]
+        rows: NDArray[Scalar] = padded[self._places()]
         return rows
 
     def unpack(self, rows: Array) -> Array:

@@ -20,16 +20,12 @@ def run(
         v_t = tanh(W_in x_t + b + W h_{t-1})        h_t = (1 - leak) * h_{t-1} + leak * v_t
 
     ``input_weights`` (H, I), ``recurrent`` (H, H), dense; ``bias``, ``leak`` and the ``state``
-    before the first step (H,). The step is that of ``LeakyTanh``, whose α is 1 - leak.
+    before the first step (H,). The step is that of ``Leaky``, whose α is 1 - leak.
     """
-    weights = {
-        "weight_hh": recurrent,
-        "bias_hh": np.zeros_like(bias),
-        "weight_leak": (1 - leak)[None],
-    }
+    weights = {"weight_leak": (1 - leak)[None]}
     h, states = state[None], np.empty((len(x), len(bias)), x.dtype)
     for t, gx in enumerate(linear(x, input_weights, bias)):
-        (h,), _ = CELLS["leaky_tanh"].step(gx[None], [h], weights)
+        (h,), _ = CELLS["leaky_tanh"].step(gx[None], linear(h, recurrent, None), [h], weights)
         states[t] = h[0]
     return states
 

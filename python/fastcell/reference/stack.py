@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import sequence
-from .cells import CELLS, Array, Weights
+from .cells import CELLS, Array, Options, Weights
 from .checks import (
     check_dropout_masks,
     check_grads,
+    check_holds,
     check_input,
     check_lengths,
+    check_options,
+    check_recurrent_masks,
+    check_reset,
     check_states,
     check_weights,
 )
@@ -65,6 +69,10 @@ def forward(
     bias: bool = True,
     lengths: ArrayLike | None = None,
     dropout_masks: ArrayLike | None = None,
+    options: Options | None = None,
+    reset: ArrayLike | None = None,
+    recurrent_masks: ArrayLike | None = None,
+    holds: Sequence[ArrayLike | None] | None = None,
     save: bool = True,
 ) -> Result:
     """Run a stack of recurrent layers over a batch of sequences.
@@ -73,16 +81,23 @@ def forward(
     size P (= H, or proj_size), all arrays in one floating dtype, in which all is computed:
 
     Args:
-        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        cell: a name in CELLS.
         x: (T, B, I).
-        states: initial h (L*D, B, P) and, for "lstm", c (L*D, B, H). None: zeros.
+        states: initial h (L*D, B, P) and, of an LSTM, c (L*D, B, H). None: zeros.
         weights: per layer, per direction: weight_ih (G*H, I or D*P), weight_hh (G*H, P), with
-            ``bias`` also bias_ih and bias_hh (G*H,), with projection also weight_hr (P, H). These
-            are torch's shapes, order and gate order: ``module._flat_weights`` fits.
+            ``bias`` also bias_ih and bias_hh (G*H,), with projection also weight_hr (P, H), then
+            what the cell has besides. These are torch's shapes, order and gate order:
+            ``module._flat_weights`` fits.
         lengths: (B,) integers in 0 .. T, in any order. Outputs past a sample's length are zero, its
             final state is that after its own last step, and the reverse direction begins there:
             as with torch's PackedSequence, which knows no length 0 (here: the state is unchanged).
         dropout_masks: (L-1, T, B, D*P), multiplied onto the outputs between layers; already scaled.
+        options: of the cell, if it is one that has them.
+        reset: (T, B) bools: where the states are zero before a step, as in a new sequence.
+        recurrent_masks: (L*D, B, P), multiplied onto h wherever it is multiplied by weight_hh, at
+            every step of a sample the same; already scaled.
+        holds: of each state (L*D, T, B, H): the part of it that a step leaves as it was; zeros and
+            ones where it was drawn. None, or None for one of them: the options' zoneout.
         save: False keeps nothing for ``backward``: the tape is None.
 
     Raises:
@@ -90,7 +105,7 @@ def forward(
     """
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    kind = CELLS[cell]
+    kind = check_options(CELLS[cell], options)
     directions = 2 if bidirectional else 1
     x = check_input(x)
     sizes, weights_of = check_weights(kind, weights, x, num_layers, directions, bias)
@@ -99,7 +114,14 @@ def forward(
     packing = Packing.of(steps, batch, check_lengths(lengths, steps, batch))
     output_shape = (steps, batch, directions * sizes.output)
     padded_masks = check_dropout_masks(dropout_masks, x, (num_layers - 1, *output_shape))
+    anew = check_reset(reset, steps, batch)
+    count = len(weights_of)
+    of_samples = check_recurrent_masks(recurrent_masks, kind, x, (count, batch, sizes.output))
+    padded_holds = check_holds(holds, kind, x, (count, steps, batch), sizes)
 
+    new_rows = None if anew is None else packing.pack(anew[:, :, None])[:, 0]
+    if of_samples is not None:
+        of_samples = packing.sort(of_samples)
     masks = [packing.pack(mask) for mask in padded_masks]
     initial = [packing.sort(state) for state in initial]
     rows = packing.pack(x)
@@ -119,6 +141,11 @@ def forward(
                     weights_of[index],
                     packing.batch_sizes,
                     reverse=direction == 1,
+                    extras=sequence.Extras(
+                        new_rows,
+                        None if of_samples is None else of_samples[index],
+                        [None if h is None else packing.pack(h[index]) for h in padded_holds],
+                    ),
                     save=save,
                 )
                 outputs.append(output)
