@@ -115,6 +115,11 @@ def allowed(cell: str, which: Sequence[str]) -> tuple[str, ...]:
     return tuple(w for w in which if w != "recurrent" or spec_of(cell).recurrent)
 
 
+def maskable(cell: str, which: Sequence[str]) -> tuple[str, ...]:
+    """Those that the reference has for a cell."""
+    return tuple(w for w in allowed(cell, which) if w != "recurrent" or not spec_of(cell).second)
+
+
 def results(run: Callable[[], Any], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Output, final states, and gradients of a function of them."""
     output, states = run()

@@ -23,6 +23,7 @@ from option_cases import (
     extras_for,
     given,
     input_for,
+    maskable,
     results,
     tensors,
 )
@@ -76,9 +77,7 @@ def test_kernels_as_the_reference(cell, form, dtype):
     sizes, extras = extras_for(
         form, layers=layers, directions=2, batch=batch, output=hidden, dtype=dtype
     )
-    # (The reference's second product of that GRU knows no recurrent mask.)
-    which = [w for w in EXTRAS[1] if w != "recurrent" or cell != "gru_before"]
-    extras = given(allowed(named, which), extras)
+    extras = given(maskable(named, EXTRAS[1]), extras)
     x = input_for(form, batch, features, dtype)
     config = Config(named, layers, True, True, False)
     leaves = [x, *states, *weights]

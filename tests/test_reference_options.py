@@ -14,10 +14,10 @@ from option_cases import (
     PLAIN,
     STEPS,
     ByReference,
-    allowed,
     extras_for,
     given,
     input_for,
+    maskable,
     tensors,
 )
 from tolerances import accumulation_length, assert_close, finite_difference_tolerance
@@ -31,7 +31,7 @@ def problem(cell, form="packed", which=EXTRAS[1], *, proj=0, dtype=np.float64):
     weights, states = tensors(named, proj=proj, scale=(3 * 7) ** -0.5)  # no growth without end
     _, extras = extras_for(form, layers=2, directions=2, batch=3, output=proj or 7)
     config = Config(named, 2, True, True, False)
-    own = given(allowed(named, which), extras)
+    own = given(maskable(named, which), extras)
     return ByReference(config, input_for(form, 3, 5), states, weights, form, own, dtype)
 
 
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said():
         run(reset=np.zeros((2, 4), bool))
     with pytest.raises(TypeError, match="reset must be bools, got int64"):
         run(reset=np.zeros((4, 2), np.int64))
-    with pytest.raises(ValueError, match="no recurrent product"):
+    with pytest.raises(ValueError, match="takes no recurrent_masks"):
         run("independent", recurrent_masks=np.ones((1, 2, 5)))
     with pytest.raises(ValueError, match=r"recurrent_masks must have shape \(1, 2, 5\)"):
         run(recurrent_masks=np.ones((1, 2, 4)))

@@ -87,6 +87,7 @@ class Cell(ABC):
     gates: ClassVar[int]  # G: blocks of H rows in weight_ih and weight_hh
     projects: ClassVar[bool] = False  # whether it accepts weight_hr
     recurrent: ClassVar[bool] = True  # whether there is a matrix U; else gh is d alone
+    masks: ClassVar[bool] = True  # whether what U multiplies may have a mask
     own: ClassVar[tuple[str, int]] = ("", 0)  # name and rows of a weight of H columns beside these
 
     def __init__(self, name: str, options: Options | None = None, general: bool = False) -> None:
@@ -236,6 +237,7 @@ class Independent(Elman):
     """
 
     recurrent = False
+    masks = False
 
     def weight_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         return super().weight_shapes(sizes) | {"weight_hh": (1, sizes.hidden)}
@@ -384,6 +386,8 @@ class GRUBefore(GRU):
 
     Source: Cho et al., arXiv:1406.1078 (2014).
     """
+
+    masks = False  # s is made of h', not of what the first product takes
 
     def step(self, gx: Array, gh: Array, states: Sequence[Array], w: Weights) -> Step:
         (h_prev,) = states

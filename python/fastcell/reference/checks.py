@@ -133,8 +133,8 @@ def check_recurrent_masks(
     """The masks (L*D, B, P), if any."""
     if masks is None:
         return None
-    if not cell.recurrent:
-        raise ValueError(f"{cell.name} has no recurrent product for recurrent_masks")
+    if not cell.masks:
+        raise ValueError(f"{cell.name} takes no recurrent_masks")
     return _check_array("recurrent_masks", np.asarray(masks), shape, x)
 
 
