@@ -14,6 +14,7 @@ import torch
 
 import fastcell
 from fastcell import _core
+from fastcell.cells import options_of
 from support import CELLS, Case, Problem, Values, assert_same_bits, is_parameter, threads
 
 F32, F64 = torch.float32, torch.float64
@@ -52,6 +53,7 @@ def schedule(case: Case, count: int) -> tuple[int, ...]:
         case.layers,
         case.directions,
         True,
+        options_of(case.cell),
     )
     found: tuple[int, ...] = stack.explain(case.T, case.B, case.T * case.B, 0, count, True)
     return found
