@@ -13,6 +13,8 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   using V = Scalar<R>;
   using C = Cell<V>;
   constexpr int kGates = C::gates, kApart = C::apart, kSaved = C::saved > 0 ? C::saved : 1;
+  constexpr bool kSecond = C::second > 0;  // whose product goes the way of the projection's
+  constexpr int kFirst = kGates - C::second;
   using Work = Block<P, Place, 1>;
 
   Work block(p);
@@ -105,6 +107,73 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     const Index t = time(s);
     const int slot = int(s & 1);
     if (s > p.begin && !(right = block.await())) break;
+    if (kSecond && (p.stages & kOutput)) {
+      // All but what comes back through the second product.
+      block.multiply(slot);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        Pair<R>& pair = pairs[i];
+        if (!pair.exists) continue;
+        E operand{};
+        pair.h = pair.h + from_later(pair, s);
+        V d_a[kColumns];
+#pragma unroll
+        for (int g = 0; g < kColumns; ++g) d_a[g] = V(0);
+        if (t < pair.length) {
+          const Ahead& given = ahead[i];
+          V saved[kSaved];
+          for (int v = 0; v < kSaved; ++v) saved[v] = V(given.saved[v]);
+          const V before[2] = {V(given.h_before), V(R(0))};
+          V d_state[2] = {V(pair.h + given.d_y), V(R(0))};
+          load_held<C>(block, row_of(p, t, pair.sample), pair.index, parameters[i]);
+          C::backward(p.options, saved, parameters[i], before, before, d_state, d_a);
+          pair.h = given.anew ? R(0) : d_state[0].v;
+          Operand<P>::from(d_a[kGates - 1].v, operand);
+        }
+        if (t < pair.length || !p.offsets) {
+          E* to = d_gates + row_of(p, t, pair.sample) * d_stride + pair.index;
+#pragma unroll
+          for (int g = 0; g < kColumns; ++g) narrow(d_a[g].v, to[g * p.hidden]);
+        }
+        block.to_publish_projected(pair.row)[pair.index] = operand;
+      }
+      block.publish_projected();
+    }
+    if constexpr (kSecond) {
+      if (p.stages & kCell) {
+        if ((p.stages & kOutput) && !(right = block.await())) break;
+        block.multiply_projected();
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          Pair<R>& pair = pairs[i];
+          if (!pair.exists) continue;
+          V d_a[kGates];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) d_a[g] = V(0);
+          if (t < pair.length) {
+            const Ahead& given = ahead[i];
+            R sum[1];
+            block.gather(pair.row, pair.unit, sum);
+            V saved[kSaved];
+            for (int v = 0; v < kSaved; ++v) saved[v] = V(given.saved[v]);
+            const R by = factor_of(block, pair);
+            const V part = C::backward_first(saved, V(given.h_before * by), V(sum[0]), d_a);
+            E* at = d_gates + row_of(p, t, pair.sample) * d_stride + pair.index;
+            narrow(d_a[0].v, at[0]);
+#pragma unroll
+            for (int g = 1; g < kFirst; ++g) d_a[g] = V(widen(at[g * p.hidden]));
+            if (!given.anew) pair.h = pair.h + part.v * by;
+          }
+          E* to = block.to_publish(slot ^ 1, pair.row) + pair.index / kGroup * (kGroup * kFirst) +
+                  pair.index % kGroup;
+#pragma unroll
+          for (int g = 0; g < kFirst; ++g) Operand<P>::from(d_a[g].v, to[g * kGroup]);
+        }
+        block.publish(slot ^ 1, kFirst);
+        if (s + 1 < p.end) look_ahead(s + 1);
+      }
+      continue;
+    }
     if (projected && (p.stages & kOutput)) {
       if constexpr (C::recurrent) block.multiply(slot);
 #pragma unroll

@@ -109,9 +109,9 @@ void bind_cuda(py::module_& module) {
       [](const std::string& name) {
         const cuda::CellFacts& cell = cuda::cell_facts(name);
         return py::make_tuple(cell.gates, cell.apart, cell.states, cell.saved, cell.parameters,
-                              cell.recurrent);
+                              cell.recurrent, cell.second);
       },
-      py::arg("name"), "(gates, apart, states, saved, parameters, recurrent) of a cell.");
+      py::arg("name"), "(gates, apart, states, saved, parameters, recurrent, second) of a cell.");
   module.def(
       "cuda_limits",
       [](int device) {

@@ -102,7 +102,9 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   using V = Scalar<R>;
   using C = Cell<V>;
   constexpr int kGates = C::gates, kApart = C::apart, kSaved = C::saved > 0 ? C::saved : 1;
-  using Work = Block<P, Place, kGates>;
+  constexpr bool kSecond = C::second > 0;  // whose product goes the way of the projection's
+  constexpr int kFirst = kGates - C::second;
+  using Work = Block<P, Place, kFirst>;
 
   Work block(p);
   const Side& side = block.side;
@@ -128,15 +130,39 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     }
   };
 
-  // h for the product of step s.
-  const auto publish_h = [&](const Pair<R>& pair, Index s) {
+  // h as the product of step s takes it.
+  const auto seen = [&](const Pair<R>& pair, Index s) {
     R h = pair.h;
     if (side.factors) h = h * factor_of(block, pair);
     if (p.reset && s < p.steps) {
       const Index t = time(s);
       if (t < pair.length && begins_anew(p, row_of(p, t, pair.sample))) h = R(0);
     }
-    Operand<P>::from(h, block.to_publish(int(s & 1), pair.row)[pair.index]);
+    return h;
+  };
+  const auto publish_h = [&](const Pair<R>& pair, Index s) {
+    Operand<P>::from(seen(pair, s), block.to_publish(int(s & 1), pair.row)[pair.index]);
+  };
+  // What a step leaves behind, of a sample that has it.
+  const auto finish = [&](Pair<R>& pair, Index row, const V* state, const V* saved) {
+    pair.c = state[1].v;
+    if (p.keep) {
+#pragma unroll
+      for (int v = 0; v < C::saved; ++v) {
+        gates[row * p.gate_stride + v * p.hidden + pair.index] = saved[v].v;
+      }
+      if (C::states > 1) static_cast<R*>(side.cells)[row * p.hidden + pair.index] = pair.c;
+    }
+    E stored;
+    narrow(state[0].v, stored);
+    if (projected) {
+      if (side.cell_output) {
+        static_cast<E*>(side.cell_output)[row * p.hidden + pair.index] = stored;
+      }
+    } else {
+      pair.h = widen(stored);
+      y[row * y_stride + pair.index] = stored;
+    }
   };
 
   block.begin();
@@ -166,61 +192,84 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
         const bool alive = t < pair.length;
         E operand{};
         if (alive) {
-          R sum[kGates] = {};
+          R sum[kFirst] = {};
           if constexpr (C::recurrent) block.gather(pair.row, pair.unit, sum);
           const Index row = row_of(p, t, pair.sample);
-          if (begins_anew(p, row)) pair.h = pair.c = R(0);
-          load_held<C>(block, row, pair.index, parameters[i]);
-          V a[kGates + kApart], state[2] = {V(projected ? R(0) : pair.h), V(pair.c)};
-          V saved[kSaved];
+          if constexpr (kSecond) {
+            // What the second part needs of the first lies where the input terms were.
+            V a[kGates];
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) {
-            if (g < kGates - kApart) {
-              a[g] = V(ahead[i][g] + sum[g]);
-            } else {
-              a[g] = V(ahead[i][g]);
-              a[g + kApart] = V(sum[g] + apart_bias[i][g - (kGates - kApart)]);
+            for (int g = 0; g < kGates; ++g) {
+              a[g] = V(g < kFirst ? ahead[i][g] + sum[g < kFirst ? g : 0] : ahead[i][g]);
             }
-          }
-          C::forward(p.options, a, parameters[i], state, saved);
-          pair.c = state[1].v;
-          if (p.keep) {
+            const V taken = C::first(p.options, a, V(seen(pair, s)));
 #pragma unroll
-            for (int v = 0; v < C::saved; ++v) {
-              gates[row * p.gate_stride + v * p.hidden + pair.index] = saved[v].v;
+            for (int g = 0; g < kFirst; ++g) {
+              gates[row * p.gate_stride + g * p.hidden + pair.index] = a[g].v;
             }
-            if (C::states > 1) {
-              static_cast<R*>(side.cells)[row * p.hidden + pair.index] = pair.c;
-            }
-          }
-          if (projected) {
-            E stored;
-            narrow(state[0].v, stored);
-            if (side.cell_output) {
-              static_cast<E*>(side.cell_output)[row * p.hidden + pair.index] = stored;
-            }
-            Operand<P>::from(state[0].v, operand);
+            gates[row * p.gate_stride + kGates * p.hidden + pair.index] = taken.v;
+            Operand<P>::from(taken.v, operand);
           } else {
-            E stored;
-            narrow(state[0].v, stored);
-            pair.h = widen(stored);
-            y[row * y_stride + pair.index] = stored;
+            if (begins_anew(p, row)) pair.h = pair.c = R(0);
+            load_held<C>(block, row, pair.index, parameters[i]);
+            V a[kGates + kApart], state[2] = {V(projected ? R(0) : pair.h), V(pair.c)};
+            V saved[kSaved];
+#pragma unroll
+            for (int g = 0; g < kGates; ++g) {
+              if (g < kGates - kApart) {
+                a[g] = V(ahead[i][g] + sum[g]);
+              } else {
+                a[g] = V(ahead[i][g]);
+                a[g + kApart] = V(sum[g] + apart_bias[i][g - (kGates - kApart)]);
+              }
+            }
+            C::forward(p.options, a, parameters[i], state, saved);
+            if (projected) Operand<P>::from(state[0].v, operand);
+            finish(pair, row, state, saved);
           }
-        } else if (!projected && !p.offsets) {
+        } else if (!projected && !kSecond && !p.offsets) {
           y[row_of(p, t, pair.sample) * y_stride + pair.index] = E{};
         }
-        if (projected) {
+        if (projected || kSecond) {
           block.to_publish_projected(pair.row)[pair.index] = operand;
         } else {
           publish_h(pair, s + 1);
         }
       }
-      if (projected) {
+      if (projected || kSecond) {
         block.publish_projected();
       } else {
         block.publish(slot ^ 1, 1);
       }
       if (s + 1 < p.end) look_ahead(s + 1);
+    }
+    if (kSecond && (p.stages & kOutput)) {
+      if ((p.stages & kCell) && !block.await()) break;
+      block.multiply_projected();
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        Pair<R>& pair = pairs[i];
+        if (!pair.exists) continue;
+        const Index row = row_of(p, t, pair.sample);
+        if (t < pair.length) {
+          R sum[1];
+          block.gather(pair.row, pair.unit, sum);
+          if (begins_anew(p, row)) pair.h = R(0);
+          load_held<C>(block, row, pair.index, parameters[i]);
+          V a[kGates + 1], state[2] = {V(pair.h), V(R(0))}, saved[kSaved];
+#pragma unroll
+          for (int g = 0; g <= kGates; ++g) {
+            a[g] = V(gates[row * p.gate_stride + g * p.hidden + pair.index]);
+          }
+          a[kGates - 1] = a[kGates - 1] + V(sum[0]);
+          C::forward(p.options, a, parameters[i], state, saved);
+          finish(pair, row, state, saved);
+        } else if (!p.offsets) {
+          y[row * y_stride + pair.index] = E{};
+        }
+        publish_h(pair, s + 1);
+      }
+      block.publish(slot ^ 1, 1);
     }
     if (projected && (p.stages & kOutput)) {
       if ((p.stages & kCell) && !block.await()) break;

@@ -29,6 +29,7 @@ CELLS = {
     "lstm_coupled_general": "LstmCoupledGeneral",
     "lstm_coupled_peephole_general": "LstmCoupledPeepholeGeneral",
     "gru_general": "GruGeneral",
+    "gru_before": "GruBefore",
 }
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")

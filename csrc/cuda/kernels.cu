@@ -1,6 +1,7 @@
 // All device code, compiled once per architecture (compile.py); kernel_names.py says which
 // instances.
 #include "../cells/gru.h"
+#include "../cells/gru_before.h"
 #include "../cells/gru_options.h"
 #include "../cells/leaky.h"
 #include "../cells/lstm.h"

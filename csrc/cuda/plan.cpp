@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../cells/gru.h"
+#include "../cells/gru_before.h"
 #include "../cells/gru_options.h"
 #include "../cells/leaky.h"
 #include "../cells/lstm.h"
@@ -19,7 +20,7 @@ template <template <class> class Cell>
 constexpr CellFacts facts(const char* name, const char* type, bool persistent) {
   using C = Cell<float>;
   return {name,     type,          C::gates,     C::apart,  C::states,
-          C::saved, C::parameters, C::recurrent, persistent};
+          C::saved, C::parameters, C::recurrent, C::second, persistent};
 }
 
 // As in kernel_names.py.
@@ -41,6 +42,7 @@ constexpr CellFacts kCells[] = {
     facts<cells::LstmCoupledPeepholeGeneral>("lstm_coupled_peephole_general",
                                              "LstmCoupledPeepholeGeneral", false),
     facts<cells::GruGeneral>("gru_general", "GruGeneral", false),
+    facts<cells::GruBefore>("gru_before", "GruBefore", false),
 };
 constexpr ProductsFacts kProductsFacts[] = {
     {"float64", "Float64", 8, 8, false, false, 150, 75},
@@ -92,7 +94,7 @@ bool complete(Plan& plan, const Limits& limits) {
     plan.unit_blocks = size;
   }
   const bool resident = plan.place != Place::kStep;
-  const int groups = sizes.backward ? 1 : plan.cell.gates;
+  const int groups = sizes.backward ? 1 : plan.cell.gates - plan.cell.second;
   const SharedLayout layout(plan.row_warps, plan.unit_warps, plan.k_warps, plan.width,
                             plan.projected_width, resident, plan.place == Place::kCluster, groups,
                             held_chunks(resident, plan.products.tensor, groups),
@@ -160,7 +162,7 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
                                 std::to_string(limit.capability % 10));
   }
   const int chunk = kChunkBytes / plan.products.element;
-  const int gates_width = up(up(sizes.hidden, kGroup) * plan.cell.gates, chunk);
+  const int gates_width = up(up(sizes.hidden, kGroup) * (plan.cell.gates - plan.cell.second), chunk);
   plan.width = sizes.backward ? gates_width : up(sizes.output, chunk);
   if (sizes.projected)
     plan.projected_width = up(sizes.backward ? sizes.output : sizes.hidden, chunk);

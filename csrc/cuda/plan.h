@@ -13,6 +13,7 @@ struct CellFacts {
   const char* type;  // in C++
   int gates, apart, states, saved, parameters;
   bool recurrent;
+  int second;
   bool persistent;  // whether there are kernels for all steps at once
 };
 struct ProductsFacts {
@@ -32,7 +33,7 @@ struct Sizes {
   long long steps, batch;
   int hidden, output;  // H; P or H
   int directions;
-  bool projected;
+  bool projected;  // or with a second product, which goes the same way
 };
 
 enum class Place { kStep, kGrid, kCluster };

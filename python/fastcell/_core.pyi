@@ -287,8 +287,8 @@ def cuda_report() -> str:
 def cuda_images() -> list[tuple[str, bytes]]:
     """(architecture, machine code or PTX) of every CUDA module inside, unpacked."""
 
-def cuda_cell(name: str) -> tuple[int, int, int, int, int, bool]:
-    """(gates, apart, states, saved, parameters, recurrent) of a cell: csrc/cells/README.md."""
+def cuda_cell(name: str) -> tuple[int, int, int, int, int, bool, int]:
+    """(gates, apart, states, saved, parameters, recurrent, second): csrc/cells/README.md."""
 
 def cuda_limits(device: int) -> dict[str, int]:
     """``capability`` (90 for 9.0), ``multiprocessors``, ``shared_per_block`` in bytes,

@@ -113,6 +113,7 @@ class _Layer:
     saved: int
     parameters: int
     recurrent: bool
+    second: int
     layers: int
     directions: int
     bias: bool
@@ -137,6 +138,16 @@ class _Layer:
     @property
     def weights_each(self) -> int:
         return 2 + 2 * self.bias + self.projected + (self.parameters > 0 and self.recurrent)
+
+    @property
+    def first_rows(self) -> int:
+        """Of ``weight_hh``: of the gates whose recurrent product takes h itself."""
+        return (self.gates - self.second) * self.hidden
+
+    @property
+    def two_products(self) -> bool:
+        """Whether a step has a second product: a projection, or some gates' own."""
+        return self.projected or self.second > 0
 
     @property
     def parameters_at(self) -> int:
@@ -171,7 +182,7 @@ class Reserve:
 def _layer_of(
     config: Config, dtype: torch.dtype, weights: Sequence[Tensor], steps: int, batch: int, rows: Any
 ) -> _Layer:
-    gates, apart, states, saved, parameters, recurrent = device_code.cuda_cell(
+    gates, apart, states, saved, parameters, recurrent, second = device_code.cuda_cell(
         spec_of(config.cell).name
     )
     own = parameters if recurrent else 0
@@ -179,7 +190,7 @@ def _layer_of(
     each = len(weights) // (config.num_layers * directions)
     projected = each > 2 + 2 * config.bias + (own > 0)
     return _Layer(
-        config.cell, gates, apart, states, saved, parameters, recurrent, config.num_layers,
+        config.cell, gates, apart, states, saved, parameters, recurrent, second, config.num_layers,
         directions, config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]),
         projected, steps, batch, rows, dtype,
     )  # fmt: skip
@@ -353,7 +364,7 @@ def _in_words(plan: Any) -> str:
 def _plan(layer: _Layer, index: int, backward: bool) -> Any:
     return device_code.CudaPlan(
         index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps,
-        layer.batch, layer.hidden, layer.output, layer.directions, layer.projected, _wanted(),
+        layer.batch, layer.hidden, layer.output, layer.directions, layer.two_products, _wanted(),
     )  # fmt: skip
 
 
@@ -397,20 +408,25 @@ class _Sweep:
         self.projections: list[Tensor] = []
         for w_ih_hh in weights:
             if layer.recurrent:
-                w_hh = w_ih_hh[1].view(layer.gates, layer.hidden, layer.output)
-                main = _by_unit(w_ih_hh[1], layer.gates) if backward else w_hh
+                first, gates = w_ih_hh[1][: layer.first_rows], layer.gates - layer.second
+                w_hh = first.view(gates, layer.hidden, layer.output)
+                main = _by_unit(first, gates) if backward else w_hh
                 self.weights.append(_pack(main, plan.width, columns, self.products))
             else:
                 self.weights.append(None)
-            if layer.projected:
-                w_hr = w_ih_hh[2 + 2 * layer.bias]
+            if layer.two_products:
+                w_hr = (
+                    w_ih_hh[2 + 2 * layer.bias]
+                    if layer.projected
+                    else w_ih_hh[1][layer.first_rows :]
+                )
                 w_hr = w_hr.t() if backward else w_hr
                 packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
         self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
         self.exchange_projected = (
-            torch.zeros((count, rows, plan.projected_width), **new) if layer.projected else None
+            torch.zeros((count, rows, plan.projected_width), **new) if layer.two_products else None
         )
         self.flags = torch.zeros(
             count * plan.tiles * plan.unit_blocks, dtype=torch.int32, device=device
@@ -785,6 +801,16 @@ def _layer_backward(
                     (
                         d_gates[:, :together].t() @ before,
                         d_gates[:, gates * hidden : columns].t() @ before,
+                    )
+                )
+            elif layer.second:
+                # What the second product took was saved behind the gates.
+                took = kept.gates[at][:, gates * hidden : (gates + 1) * hidden]
+                took = time.existing(layer, took).to(below.dtype)
+                found[1] = torch.cat(
+                    (
+                        d_in[:, : layer.first_rows].t() @ before,
+                        d_in[:, layer.first_rows :].t() @ took,
                     )
                 )
             else:

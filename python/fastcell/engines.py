@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda
-from .cells import spec_of
 
 # A meta tensor has no kernels to run; sizes are then the CPU's.
 ENGINES: dict[str, Any] = {"cpu": cpu, "meta": cpu, "cuda": cuda}
@@ -23,12 +22,10 @@ def engine_of(input: Tensor) -> Any:
     return ENGINES[input.device.type]
 
 
-def why_no_kernels(device: torch.device, cell: str = "") -> str:
+def why_no_kernels(device: torch.device) -> str:
     """What has no kernels where tensors are on this device; nothing where there are some."""
     if device.type not in ENGINES:
         return f"device type '{device.type}'"
     if device.type == "cuda" and not cuda.built():
         return "CUDA devices in this build, which was made without them"
-    if device.type == "cuda" and cell and spec_of(cell).second:
-        return f"cell '{spec_of(cell).name}' on CUDA devices"
     return ""

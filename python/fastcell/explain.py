@@ -152,7 +152,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         stand_in = torch.empty(0)
     else:
         stand_in = weights[0]
-    path = _path(stand_in, weights, config.cell)
+    path = _path(stand_in, weights)
     device = stand_in.device.type
 
     dtype = stand_in.dtype
@@ -197,7 +197,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         layer=f"fastcell.{module}",
         engine=engine,
         path=path,
-        reason=_REASONS.get(path) or _why_composite(stand_in.device, config.cell),
+        reason=_REASONS.get(path) or _why_composite(stand_in.device),
         device=str(stand_in.device),
         dtype=dtype,
         autocast=autocast,
@@ -296,15 +296,15 @@ def _weights(module: torch.nn.Module) -> list[Tensor]:
     )
 
 
-def _path(input: Tensor, weights: list[Tensor], cell: str) -> str:
+def _path(input: Tensor, weights: list[Tensor]) -> str:
     # Asked here first: route() would warn, once in a process, and that belongs to a real call.
-    if why_no_kernels(input.device, cell):
+    if why_no_kernels(input.device):
         return "composite"
-    return ops.route(input, weights, cell)
+    return ops.route(input, weights)
 
 
-def _why_composite(device: torch.device, cell: str) -> str:
-    missing = why_no_kernels(device, cell)
+def _why_composite(device: torch.device) -> str:
+    missing = why_no_kernels(device)
     if missing:
         return f"no kernels for {missing}"
     return "forward-mode differentiation or nested torch.func transforms"

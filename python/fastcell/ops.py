@@ -81,7 +81,7 @@ def sequence(
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, single_step)
-    path = route(input, weights, cell)
+    path = route(input, weights)
     # Where kernels do not compute with 16 bits.
     widened = input.dtype in _NARROW and (
         path == "composite" or input.dtype not in engine_of(input).DTYPES
@@ -214,7 +214,9 @@ def _with_cells(
         reset,
         _seed(input) if training and any(options_of(cell).zoneout) else None,
     )
-    kernels = route(input, weights, cell) == "kernel" and hasattr(engine_of(input), "cells")
+    kernels = route(input, weights) == "kernel"
+    if kernels and not hasattr(engine_of(input), "cells"):
+        kernels = _without_kernel("every c_t of an LSTM on a GPU") == "kernel"
     output, states, cells = layer_with_cells(
         config, input, hx, weights, batch_sizes, extras, kernels
     )
@@ -280,13 +282,13 @@ def normed(
     return output, states
 
 
-def route(input: Tensor, weights: Sequence[Tensor], cell: str = "") -> str:
+def route(input: Tensor, weights: Sequence[Tensor]) -> str:
     """``"kernel"``, ``"operator"`` or ``"composite"``: the path that ``sequence`` takes.
 
-    Warns, once for each, of a device, a cell or a dtype that has no kernels.
+    Warns, once for each, of a device or a dtype that has no kernels.
     """
     if not input.is_cpu:
-        missing = why_no_kernels(input.device, cell)
+        missing = why_no_kernels(input.device)
         if missing:
             return _without_kernel(missing)
     if input.dtype not in _DTYPES:
