@@ -749,3 +749,30 @@ def test_explain_and_streams_know_delays_and_cells():
             fastcell.Stream(layer)
     cell = fastcell.LSTMCell(3, 4, peephole=True, cell_clip=1.0)
     assert fastcell.explain(cell, torch.zeros(2, 3)).path == "kernel"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastcell.LSTM(3, 4, cell_clip=1.0),
+        fastcell.GRU(3, 4, reset_after=False),
+        fastcell.IndRNN(3, 4),
+        fastcell.RNN(3, 4, skip=2),
+        fastcell.LSTM(3, 4, layer_norm=True),
+        fastcell.LSTMCell(3, 4, coupled=True),
+        fastcell.GRUCell(3, 4, reset_after=False),
+        fastcell.RNNCell(3, 4, zoneout=0.1),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_quantized_is_refused(module):
+    with pytest.raises(ValueError, match="cannot be quantized"):
+        fastcell.quantize(module, torch.int8)
+
+
+def test_dropouts_do_not_hinder_quantizing():
+    layer = fastcell.GRU(3, 4, recurrent_dropout=0.2, weight_dropout=0.2).eval()
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        error = (fastcell.quantize(layer, torch.bfloat16)(x)[0] - layer(x)[0]).abs().max()
+    assert error < 0.02

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .checks import KERNEL_DTYPES
 from .engines import why_no_kernels
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, IndRNN, LeakyRNN
 
 __all__ = ["Finding", "convert", "revert", "survey"]
 
@@ -40,6 +40,7 @@ _FASTCELL: dict[type[Module], type[Module]] = {
     torch.nn.GRUCell: GRUCell,
 }
 _TORCH = {ours: theirs for theirs, ours in _FASTCELL.items()}
+_OWN = (IndRNN, LeakyRNN)  # layers that torch.nn does not have
 _NAMES = frozenset(theirs.__name__ for theirs in _FASTCELL)
 
 _QUANTIZATION = "torch.ao.nn."
@@ -146,7 +147,7 @@ def _findings(model: Module) -> Iterator[Finding]:
         if inside and name.startswith(inside):
             continue
         kind = _class(module)
-        if kind in _TORCH:
+        if kind in _TORCH or kind in _OWN:
             yield Finding(name, module, "converted" if _MARK in module.__dict__ else "fastcell")
         elif kind in _FASTCELL:
             reason = _reason(module)

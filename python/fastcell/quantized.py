@@ -230,6 +230,8 @@ class QuantizedLayer(_Quantized):
         self._cell = cell_of(layer)
         if self._cell not in CELL_OF_MODE.values():
             raise ValueError(f"layers with cells of {self._cell} cannot be quantized")
+        if getattr(layer, "skip", 1) > 1 or getattr(layer, "layer_norm", False):
+            raise ValueError("layers with delays (skip) or layer_norm cannot be quantized")
         self._groups = []
         # By name: a parametrization computes its weights when asked.
         for names in layer._all_weights:
@@ -294,6 +296,8 @@ class QuantizedCell(_Quantized):
         super().__init__()
         if dtype not in _PRODUCTS:
             raise ValueError(f"dtype must be torch.int8 or torch.bfloat16, got {dtype}")
+        if getattr(cell, "_cell", None):
+            raise ValueError(f"cells of {cell._cell} cannot be quantized")
         if isinstance(cell, torch.nn.RNNCell) or hasattr(cell, "nonlinearity"):
             self._cell = f"rnn_{cell.nonlinearity}"
         else:
