@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import fastcell
-from fastcell import normed
+from fastcell import normed, reference
 from support import threads
+from tolerances import finite_difference_tolerance
 
 KINDS = ("LSTM", "GRU")
 
@@ -71,6 +73,85 @@ def test_as_written_out(kind, sizes):
     found = final if kind == "LSTM" else (final,)
     for a, b in zip(found, (h_n, c_n), strict=False):
         torch.testing.assert_close(a[0], b)
+
+
+def reference_problem(kind, dtype, sizes):
+    layer = layer_of(kind, *sizes)
+    names = [n.removesuffix("_l0") for n, _ in layer.named_parameters()]
+    values = [p.detach().numpy() for p in layer.parameters()]
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(6, 4, sizes[0]))
+    states = [rng.normal(size=(4, sizes[1])) for _ in range(2 if kind == "LSTM" else 1)]
+    grads = [rng.normal(size=(6, 4, sizes[1])), *[rng.normal(size=s.shape) for s in states]]
+    return layer, names, [v.astype(dtype) for v in (x, *states, *values)], grads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_equals_finite_differences(kind):
+    _, names, leaves, grads = reference_problem(kind, np.float64, (3, 5))
+    count = len(grads)
+    cell = kind.lower()
+
+    def run(leaves):
+        x, states, w = (
+            leaves[0],
+            list(leaves[1:count]),
+            dict(zip(names, leaves[count:], strict=True)),
+        )
+        return reference.normed.forward(cell, x, states, w), w
+
+    def loss(leaves):
+        (output, final, _), _ = run(leaves)
+        return sum((a * b).sum() for a, b in zip((output, *final), grads, strict=True))
+
+    (_, _, tape), w = run(leaves)
+    d_x, d_states, d_w = reference.normed.backward(cell, tape, w, grads[0], grads[1:])
+    found = [d_x, *d_states, *[d_w[n] for n in names]]
+    rng = np.random.default_rng(2)
+    step = np.finfo(np.float64).eps ** (1 / 3)
+    for k, (leaf, gradient) in enumerate(zip(leaves, found, strict=True)):
+        direction = rng.normal(size=leaf.shape)
+        direction /= np.linalg.norm(direction)
+        above, below = (
+            loss([*leaves[:k], leaf + sign * step * direction, *leaves[k + 1 :]])
+            for sign in (1, -1)
+        )
+        expected = (above - below) / (2 * step)
+        size = max(abs(above), np.linalg.norm(gradient))
+        allowance = finite_difference_tolerance(np.float64) * size
+        assert abs((gradient * direction).sum() - expected) <= allowance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(3, 5), (20, 67)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_the_reference(kind, sizes, dtype):
+    layer, names, leaves, grads = reference_problem(kind, np.float64, sizes)
+    layer.to(dtype)
+    x, *states = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in leaves[: len(grads)]]
+    hx = tuple(s[None] for s in states)
+    output, final = layer(x, hx if kind == "LSTM" else hx[0])
+    final = final if kind == "LSTM" else (final,)
+    wanted = [torch.tensor(g, dtype=dtype) for g in grads]
+    torch.autograd.backward([output, *[f[0] for f in final]], wanted)
+    found = [output, *[f[0] for f in final], x.grad, *[s.grad for s in states]]
+    found += [p.grad for p in layer.parameters()]
+
+    def by_reference(kind, real):
+        arrays = [np.asarray(v, real) for v in (*leaves, *grads)]
+        w = dict(zip(names, arrays[len(grads) : len(leaves)], strict=True))
+        d = arrays[len(leaves) :]
+        y, last, tape = reference.normed.forward(kind, arrays[0], arrays[1 : len(grads)], w)
+        d_x, d_states, d_w = reference.normed.backward(kind, tape, w, d[0], d[1:])
+        return [y, *last, d_x, *d_states, *[d_w[n] for n in names]]
+
+    # A norm's error depends on the numbers: it divides by their spread. So not more than a few
+    # times what NumPy makes of it in the same dtype.
+    real = np.float32 if dtype is torch.float32 else np.float64
+    exact, same = (by_reference(kind.lower(), r) for r in (np.longdouble, real))
+    for a, b, c in zip(found, exact, same, strict=True):
+        error, usual = (abs(v - b).max() for v in (a.detach().numpy(), c))
+        assert error <= 4 * usual + 4 * np.finfo(real).eps * abs(b).max()
 
 
 @pytest.mark.parametrize("bias", [True, False])

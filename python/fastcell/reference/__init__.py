@@ -3,8 +3,8 @@
 The fast kernels are tested against this package. It computes in the dtype it is given (float16,
 float32, float64, longdouble), imports nothing but NumPy, and says each equation once, beside its
 source: start at cells.py (one step), then sequence.py (the time loop) and stack.py (layers and
-directions). Networks over trees stand apart, in tree.py, and so does the echo state network, in
-reservoir.py.
+directions). Apart from these stand networks over trees (tree.py), layer normalisation (normed.py)
+and the echo state network (reservoir.py).
 
 >>> import numpy as np
 >>> from fastcell import reference
@@ -21,7 +21,7 @@ reservoir.py.
 ((5, 2, 3), [(12, 3), (12, 4), (12,), (12,)])
 """
 
-from . import reservoir, tree
+from . import normed, reservoir, tree
 from .cells import CELLS, Options
 from .stack import Gradients, Result, Tape, backward, forward
 
@@ -33,6 +33,7 @@ __all__ = [
     "Tape",
     "backward",
     "forward",
+    "normed",
     "reservoir",
     "tree",
 ]
