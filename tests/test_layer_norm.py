@@ -321,3 +321,43 @@ def test_other_refusals():
     with pytest.raises((ValueError, TypeError), match="layer"):
         fastcell.Stream(layer)
     assert layer(torch.zeros(2, 0, 3))[0].shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cell_is_a_step_of_the_layer(kind, bias):
+    layer = layer_of(kind, 3, 5, bias=bias)
+    cell = getattr(fastcell, kind + "Cell")(3, 5, bias, layer_norm=True).double()
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    assert "layer_norm=True" in repr(cell)
+    x, h, c = (torch.randn(2, n).double() for n in (3, 5, 5))
+    hx = (h, c) if kind == "LSTM" else h
+    found = cell(x, hx)
+    _, wanted = layer(x[None], (h[None], c[None]) if kind == "LSTM" else h[None])
+    if kind == "GRU":
+        found, wanted = (found,), (wanted,)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b[0])
+    one = cell(x[0], (h[0], c[0]) if kind == "LSTM" else h[0])
+    torch.testing.assert_close(one[0] if kind == "LSTM" else one, found[0][0])
+    with pytest.raises(ValueError, match="layer_norm goes with no other option"):
+        getattr(fastcell, kind + "Cell")(3, 5, layer_norm=True, zoneout=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_functional_form(kind):
+    layer = layer_of(kind, 3, 5, 2, bidirectional=True)
+    x, weights = torch.randn(4, 2, 3).double(), list(layer.parameters())
+    run = getattr(fastcell.functional, kind.lower())
+    output, _ = run(x, None, weights, num_layers=2, bidirectional=True, layer_norm=True)
+    torch.testing.assert_close(output, layer(x)[0])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]))
+    rows, _ = run(
+        packed.data, None, weights, num_layers=2, bidirectional=True, layer_norm=True,
+        batch_sizes=packed.batch_sizes,
+    )  # fmt: skip
+    torch.testing.assert_close(rows, layer(packed)[0].data)
+    with pytest.raises(RuntimeError, match="weights for each of 4 layers and directions, got"):
+        run(x, None, weights[:-1], num_layers=2, bidirectional=True, layer_norm=True)
+    with pytest.raises(ValueError, match="layer_norm goes with no other option"):
+        run(x, None, weights, num_layers=2, bidirectional=True, layer_norm=True, zoneout=0.1)

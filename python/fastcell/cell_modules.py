@@ -73,6 +73,8 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             # torch allows it. A state of no element is made so that a gradient can flow through.
             states = (torch.nn.functional.linear(input, w_ih, b_ih),) * spec.states
             return states if batched else tuple([state.squeeze(0) for state in states])
+        if self.layer_norm:
+            return self._normed_step(cell, input, states, weights, batched)
         _, states = ops.sequence(
             cell,
             input.unsqueeze(0),
@@ -93,6 +95,35 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         # No views, whose detach_() would be refused: loops over steps cut their graph so.
         return tuple([torch.ops.aten._unsafe_view(state, state.shape[drop:]) for state in states])
 
+    def _normed_step(
+        self,
+        cell: str,
+        input: Tensor,
+        states: States | None,
+        weights: list[Tensor],
+        batched: bool,
+    ) -> States:
+        names = ("norm_ih", "norm_hh", "norm_c")[: 3 if cell == "lstm" else 2]
+        given = None if states is None else [state.unsqueeze(0) for state in states]
+        _, states = ops.normed(
+            cell, input.unsqueeze(0), given, [*weights, *[getattr(self, n) for n in names]], None,
+            None, bias=len(weights) == 4, directions=1, batch_first=False, dropout=0.0,
+        )  # fmt: skip
+        return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
+
+    def _add_norms(self, cell: str) -> None:
+        if hasattr(self, "_cell"):
+            raise ValueError(
+                f"layer_norm goes with no other option of the cell: got {self.extra_repr()}"
+            )
+        like, rows = self.weight_ih, self.weight_ih.shape[0]
+        for name in ("norm_ih", "norm_hh"):
+            self.register_parameter(name, torch.nn.Parameter(torch.ones_like(like[:, 0])))
+        if cell == "lstm":
+            gain = like.new_ones(rows // 4)
+            norm = torch.stack((gain, torch.zeros_like(gain)))
+            self.register_parameter("norm_c", torch.nn.Parameter(norm))
+
     def _become(self, cell: str) -> None:
         """A cell with options, and the weight that it may have besides torch.nn's."""
         self._cell, spec = cell, spec_of(cell)
@@ -107,13 +138,17 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
 
     # Only a cell that was told otherwise has attributes of its own: the others have torch.nn's.
     zoneout: Any = 0.0
+    layer_norm: bool = False
     _options: tuple[str, ...] = ("zoneout",)
 
-    def _set_options(self, cell: str, **options: Any) -> None:
+    def _set_options(self, cell: str, layer_norm: bool = False, **options: Any) -> None:
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
                 self._cell = cell
+        if layer_norm:
+            self.layer_norm = True
+            self._add_norms(cell)
         if hasattr(self, "_cell"):
             self._become(cell)
 
@@ -208,8 +243,9 @@ class LSTMCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
-        peephole, coupled, activation, output_activation, cell_clip, zoneout: as for
-            :class:`fastcell.LSTM`; the peepholes are ``weight_peephole``.
+        peephole, coupled, activation, output_activation, cell_clip, zoneout, layer_norm: as for
+            :class:`fastcell.LSTM`; its weights are ``weight_peephole`` and ``norm_ih``,
+            ``norm_hh``, ``norm_c``.
 
     Call: ``h_1, c_1 = cell(input, (h_0, c_0)=None)``.
         input: (B, I) or (I,).
@@ -235,6 +271,7 @@ class LSTMCell(_Cell):
         output_activation: str = "tanh",
         cell_clip: float | None = None,
         zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         cell = lstm_cell(
             peephole, coupled, activation=activation, output_activation=output_activation,
@@ -242,7 +279,7 @@ class LSTMCell(_Cell):
         )  # fmt: skip
         super().__init__(input_size, hidden_size, bias, spec_of(cell).gates, device, dtype)
         self._set_options(
-            cell, peephole=peephole, coupled=coupled, activation=activation,
+            cell, layer_norm=layer_norm, peephole=peephole, coupled=coupled, activation=activation,
             output_activation=output_activation, cell_clip=cell_clip, zoneout=zoneout,
         )  # fmt: skip
 
@@ -253,6 +290,7 @@ class LSTMCell(_Cell):
     cell_clip: float | None = None
     _options = (
         "peephole", "coupled", "activation", "output_activation", "cell_clip", "zoneout",
+        "layer_norm",
     )  # fmt: skip
 
     def forward(
@@ -282,7 +320,7 @@ class GRUCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as for :class:`RNNCell`.
-        reset_after, activation, zoneout: as for :class:`fastcell.GRU`.
+        reset_after, activation, zoneout, layer_norm: as for :class:`fastcell.GRU`.
 
     Call: ``h_1 = cell(input, h_0=None)``, shapes as for :class:`RNNCell`.
 
@@ -303,16 +341,17 @@ class GRUCell(_Cell):
         reset_after: bool = True,
         activation: str = "tanh",
         zoneout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 3, device, dtype)
         self._set_options(
             gru_cell(reset_after, activation=activation, zoneout=zoneout),
-            reset_after=reset_after, activation=activation, zoneout=zoneout,
+            layer_norm=layer_norm, reset_after=reset_after, activation=activation, zoneout=zoneout,
         )  # fmt: skip
 
     reset_after: bool = True
     activation: str = "tanh"
-    _options = ("reset_after", "activation", "zoneout")
+    _options = ("reset_after", "activation", "zoneout", "layer_norm")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if input.dim() not in (1, 2):

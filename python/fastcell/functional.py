@@ -239,6 +239,7 @@ def lstm(
     activation: str = "tanh",
     output_activation: str = "tanh",
     cell_clip: float | None = None,
+    layer_norm: bool = False,
 ) -> tuple[In, tuple[Tensor, Tensor]]:
     """Long short-term memory in layers, gates in the order i, f, g, o, with optional projection.
 
@@ -261,6 +262,8 @@ def lstm(
             ``"relu"``, ``"sigmoid"``, ``"identity"``, ``"softsign"`` or ``"elu"``.
         cell_clip: bound on the arguments of all gates: ``clip`` as onnxruntime has it.
         zoneout: of h and c, or a pair; with a projection of c alone, ``(0, p)``.
+        layer_norm: the weights of each layer and direction end with ``norm_ih`` and ``norm_hh``
+            (4*H,) and ``norm_c`` (2, H), as :class:`fastcell.LSTM` says; no other option then.
         bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
             reset, recompute, recurrent_dropout: as for :func:`rnn`.
 
@@ -274,6 +277,15 @@ def lstm(
     for the forget gate; H. Sak et al. (2014) for the projection; F. Gers and J. Schmidhuber (2000)
     for peepholes; K. Greff et al. (2015) for coupled gates.
     """
+    if layer_norm:
+        plain = not (peephole or coupled or cell_clip is not None or recompute)
+        plain = plain and activation == output_activation == "tanh"
+        output, states = _normed(
+            "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
+            num_layers, bias, batch_first, dropout, bidirectional, training, lengths, reset,
+            plain and zoneout in (0, (0, 0)) and recurrent_dropout == 0,
+        )  # fmt: skip
+        return output, (states[0], states[1])
     spec = spec_of(lstm_cell(peephole, coupled))
     each = weights_per_direction(bias, True, parameters=spec.rows)
     cell = lstm_cell(
@@ -309,6 +321,7 @@ def gru(
     zoneout: float = 0.0,
     reset_after: bool = True,
     activation: str = "tanh",
+    layer_norm: bool = False,
 ) -> tuple[In, Tensor]:
     """Gated recurrent units in layers, gates in the order r, z, n.
 
@@ -317,10 +330,19 @@ def gru(
 
     Arguments, shapes, results and errors are those of :func:`rnn`, except that ``weight_ih`` is
     (3*H, I) (above the first layer (3*H, D*H)), ``weight_hh`` (3*H, H) and each bias (3*H,), and
-    ``activation`` is n's, as for :func:`lstm`.
+    ``activation`` is n's, as for :func:`lstm`. With ``layer_norm`` the weights of each layer and
+    direction end with ``norm_ih`` and ``norm_hh`` (3*H,), as :class:`fastcell.GRU` says.
 
     Source: K. Cho et al. (2014), where the reset gate comes before the product; after it in cuDNN.
     """
+    if layer_norm:
+        plain = reset_after and activation == "tanh" and not recompute
+        output, states = _normed(
+            "gru", input, None if hx is None else (hx,), weights, batch_sizes, num_layers, bias,
+            batch_first, dropout, bidirectional, training, lengths, reset,
+            plain and zoneout == 0 and recurrent_dropout == 0,
+        )  # fmt: skip
+        return output, states[0]
     output, states = _run(
         gru_cell(reset_after, activation=activation, zoneout=zoneout), input,
         None if hx is None else (hx,), weights, batch_sizes,
@@ -330,12 +352,89 @@ def gru(
     return output, states[0]
 
 
+def run_normed(
+    layer: Stack,
+    cell: str,
+    input: Sequences,
+    states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
+    lengths: Tensor | None,
+    reset: Sequences | None,
+) -> tuple[Sequences, States]:
+    """A stack with layer normalisation, on any form of input, as :func:`run_stack` runs others."""
+
+    def launch(
+        cell: str,
+        input: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None,
+        steps: int,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, States]:
+        return ops.normed(
+            cell, input, states, weights, batch_sizes, reset, bias=layer.bias,
+            directions=2 if layer.bidirectional else 1, batch_first=layer.batch_first,
+            dropout=layer.dropout if layer.training else 0.0,
+        )  # fmt: skip
+
+    return run_stack(
+        layer, cell, input, states, weights, refuse, launch, lengths=lengths, reset=reset
+    )
+
+
 def two_states(hx: Sequence[Tensor]) -> States:
     """(h, c) of an LSTM's ``hx``, refused in torch's words unless it has two parts."""
     states = (hx[0], hx[1])
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     return states
+
+
+def _normed(
+    cell: str,
+    input: In,
+    states: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    bidirectional: bool,
+    training: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    plain: bool,
+) -> tuple[In, States]:
+    """A public function's call with layer normalisation; ``plain``: and no other option."""
+    if not plain:
+        raise ValueError("layer_norm goes with no other option of the cell, and no recompute")
+    each = 4 + 2 * bias + (cell == "lstm")
+    stacked = num_layers * (2 if bidirectional else 1)
+    if len(weights) != each * stacked:
+        raise RuntimeError(
+            f"Expected {each} weights for each of {stacked} layers and directions, got "
+            f"{len(weights)}"
+        )
+    w_ih, w_hh = weights[0], weights[1]
+    sizes = Sizes(
+        w_ih.shape[1], w_hh.shape[1], 0, num_layers, bias, batch_first, dropout, bidirectional,
+        training, False, 0.0,
+    )  # fmt: skip
+
+    def refuse(input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        _refuse(sizes, w_ih.dtype, input, states or (), batch_sizes)
+
+    if batch_sizes is None:
+        found = run_normed(sizes, cell, input, states, weights, refuse, lengths, reset)
+        return cast(tuple[In, States], found)
+    if isinstance(input, PackedSequence) or lengths is not None:
+        raise ValueError("batch_sizes goes with the rows of a PackedSequence alone")
+    packed = PackedSequence(input, batch_sizes)
+    output, states = run_normed(sizes, cell, packed, states, weights, refuse, None, reset)
+    assert isinstance(output, PackedSequence)
+    return output.data, states
 
 
 def _run(

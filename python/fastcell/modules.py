@@ -34,6 +34,7 @@ from .functional import (
     States,
     checked_reset,
     refuse_sizes,
+    run_normed,
     run_stack,
     two_states,
 )
@@ -132,8 +133,10 @@ class _Layer(Swappable, torch.nn.RNNBase):
         self._read_names()
 
     def _read_names(self) -> None:
-        """After ``_all_weights`` has changed."""
+        """After ``_all_weights`` has changed. ``parameters()`` has the same order."""
         self._flat_weights_names = [name for own in self._all_weights for name in own]
+        for name in self._flat_weights_names:
+            self._parameters[name] = self._parameters.pop(name)
         self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
         self._init_flat_weights()
 
@@ -228,7 +231,9 @@ class _Layer(Swappable, torch.nn.RNNBase):
                 return cast(tuple[Sequences, States], found)
         weights = self._weights()
         if self.layer_norm:
-            return self._run_normed(cell, input, states, lengths, reset, self._dropped(weights))
+            return run_normed(
+                self, cell, input, states, self._dropped(weights), self._refuse, lengths, reset
+            )
         if self.skip > 1:
             return self._run_skipping(cell, input, states, lengths, reset, self._dropped(weights))
         result = run_stack(
@@ -298,36 +303,6 @@ class _Layer(Swappable, torch.nn.RNNBase):
         output, all_states = split(data)
         packed = PackedSequence(output, batch_sizes, order, back)
         return packed, finals, tuple(all_states)
-
-    def _run_normed(
-        self,
-        cell: str,
-        input: Sequences,
-        states: States | None,
-        lengths: Tensor | None,
-        reset: Sequences | None,
-        weights: list[Tensor],
-    ) -> tuple[Sequences, States]:
-        """A call with ``layer_norm``."""
-        directions = 2 if self.bidirectional else 1
-
-        def launch(
-            cell: str,
-            input: Tensor,
-            states: States | None,
-            batch_sizes: Tensor | None,
-            steps: int,
-            reset: Tensor | None,
-        ) -> tuple[Tensor, States]:
-            return ops.normed(
-                cell, input, states, weights, batch_sizes, reset, bias=self.bias,
-                directions=directions, batch_first=self.batch_first,
-                dropout=self.dropout if self.training else 0.0,
-            )  # fmt: skip
-
-        return run_stack(
-            self, cell, input, states, weights, self._refuse, launch, lengths=lengths, reset=reset
-        )
 
     def _run_skipping(
         self,
