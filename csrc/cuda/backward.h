@@ -36,7 +36,6 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   };
   Pair<R> pairs[kPairs];  // h and c: gradients that are on their way
   Ahead ahead[kPairs];
-  V parameters[kPairs][C::parameters + C::held + 1];
   const auto look_ahead = [&](Index s) {
     const Index t = time(s);
 #pragma unroll
@@ -96,7 +95,6 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     pairs[i] = pair_of(block, i);
-    load_parameters(block, pairs[i], C::parameters, parameters[i]);
   }
   if (p.begin < p.end) look_ahead(p.begin);
 
@@ -125,8 +123,9 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           for (int v = 0; v < kSaved; ++v) saved[v] = V(given.saved[v]);
           const V before[2] = {V(given.h_before), V(R(0))};
           V d_state[2] = {V(pair.h + given.d_y), V(R(0))};
-          load_held<C>(block, row_of(p, t, pair.sample), pair.index, parameters[i]);
-          C::backward(p.options, saved, parameters[i], before, before, d_state, d_a);
+          V parameters[C::parameters + C::held + 1];
+          load_parameters<C>(block, row_of(p, t, pair.sample), pair.index, parameters);
+          C::backward(p.options, saved, parameters, before, before, d_state, d_a);
           pair.h = given.anew ? R(0) : d_state[0].v;
           Operand<P>::from(d_a[kGates - 1].v, operand);
         }
@@ -227,8 +226,9 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           const V before[2] = {V(given.h_before), V(given.c_before)};
           const V after[2] = {V(given.h_after), V(given.c_after)};
           V d_state[2] = {V(d_h), V(pair.c)};
-          load_held<C>(block, row_of(p, t, pair.sample), pair.index, parameters[i]);
-          C::backward(p.options, saved, parameters[i], before, after, d_state, d_a);
+          V parameters[C::parameters + C::held + 1];
+          load_parameters<C>(block, row_of(p, t, pair.sample), pair.index, parameters);
+          C::backward(p.options, saved, parameters, before, after, d_state, d_a);
           if (!projected) pair.h = C::direct && !given.anew ? d_state[0].v : R(0);
           pair.c = given.anew ? R(0) : d_state[1].v;
         }

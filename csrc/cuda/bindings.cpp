@@ -88,6 +88,9 @@ void bind_cuda(py::module_& module) {
             sweep.reset = static_cast<const unsigned char*>(at(reset));
             sweep.seed = static_cast<const unsigned long long*>(at(seed));
             sweep.options = cell_options(options);
+            for (int i = 0; i < 2; ++i) {
+              sweep.held_below[i] = noise::threshold(sweep.options.zoneout[i]);
+            }
             sweep.layer = layer;
             sweep.gate_stride = gate_stride;
             sweep.y = at(y);

@@ -1,14 +1,14 @@
 """Writes the C++ source that holds the compiled kernels: see embedded.h.
 
-Images are compressed, to a third or less of their size; inflate.h unpacks them where they are
-loaded.
+Images are compressed, to about a seventh of their size (zlib: a quarter); inflate.h unpacks them
+where they are loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
+import lzma
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +39,9 @@ def blob(label: str, file: Path) -> list[str]:
 
 
 def compressed(image: Path) -> Path:
-    packed = image.with_name(image.name + ".z")
-    packed.write_bytes(zlib.compress(image.read_bytes(), 9))
+    packed = image.with_name(image.name + ".xz")
+    if not packed.exists() or packed.stat().st_mtime_ns < image.stat().st_mtime_ns:
+        packed.write_bytes(lzma.compress(image.read_bytes()))
     return packed
 
 

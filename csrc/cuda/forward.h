@@ -40,31 +40,22 @@ FASTCELL_INLINE Pair<typename Block::R> pair_of(const Block& block, int i) {
   return pair;
 }
 
-// The cell's parameters of a pair's unit.
-template <class Block, class V, int N>
-FASTCELL_INLINE void load_parameters(const Block& block, const Pair<typename Block::R>& pair,
-                                     int count, V (&to)[N]) {
+// The cell's parameters of a unit, and behind them the part of each state that zoneout keeps. (Just
+// before they are used: held in registers through a step's product, they would be too many.)
+template <class C, class Block, class V, int N>
+FASTCELL_INLINE void load_parameters(const Block& block, Index row, Index unit, V (&to)[N]) {
+  const Sweep& p = block.p;
   const auto* from = static_cast<const typename Block::R*>(block.side.parameters);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    to[i] = V(0);
-    if (i < count && pair.exists) to[i] = V(from[i * block.p.hidden + pair.index]);
-  }
-}
-
-// Zoneout's part of each state that stays, behind the cell's parameters.
-template <class C, class Block, class V, int N>
-FASTCELL_INLINE void load_held(const Block& block, Index row, Index unit, V (&to)[N]) {
-  const Sweep& p = block.p;
+  for (int i = 0; i < C::parameters; ++i) to[i] = V(from[i * p.hidden + unit]);
 #pragma unroll
   for (int i = 0; i < C::held; ++i) {
-    double part = p.options.zoneout[i];
-    if (p.seed && part > 0) {
+    to[C::parameters + i] = V(typename V::Number(p.options.zoneout[i]));
+    if (p.seed && p.held_below[i]) {
       const auto key = noise::row_key(*p.seed, noise::Bits(p.layer + block.direction),
                                       noise::Bits(i), noise::Counter(row));
-      part = noise::draw(key, noise::Bits(unit)) < noise::threshold(part) ? 1 : 0;
+      to[C::parameters + i] = V(noise::draw(key, noise::Bits(unit)) < p.held_below[i] ? 1 : 0);
     }
-    to[C::parameters + i] = V(typename V::Number(part));
   }
 }
 
@@ -115,7 +106,6 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const auto time = [&](Index s) { return block.direction ? p.steps - 1 - s : s; };
 
   Pair<R> pairs[kPairs];
-  V parameters[kPairs][C::parameters + C::held + 1];
   R ahead[kPairs][kGates];
   R apart_bias[kPairs][kApart > 0 ? kApart : 1];
   const auto look_ahead = [&](Index s) {
@@ -169,13 +159,14 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     pairs[i] = pair_of(block, i);
-    load_parameters(block, pairs[i], C::parameters, parameters[i]);
     for (int k = 0; k < kApart; ++k) {
       const R* bias = static_cast<const R*>(side.apart_bias);
       apart_bias[i][k] = bias && pairs[i].exists ? bias[k * p.hidden + pairs[i].index] : R(0);
     }
   }
-  if (p.stages & kCell) look_ahead(p.begin);
+  // Cells with options have no registers left for it during a product on some GPUs.
+  constexpr bool kAhead = C::held == 0;
+  if (kAhead && (p.stages & kCell)) look_ahead(p.begin);
 
   Index s = p.begin;
 #pragma unroll 1
@@ -185,6 +176,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     if (s > p.begin && !block.await()) break;
     if (p.stages & kCell) {
       if constexpr (C::recurrent) block.multiply(slot);
+      if (!kAhead) look_ahead(s);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         Pair<R>& pair = pairs[i];
@@ -211,7 +203,8 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
             Operand<P>::from(taken.v, operand);
           } else {
             if (begins_anew(p, row)) pair.h = pair.c = R(0);
-            load_held<C>(block, row, pair.index, parameters[i]);
+            V parameters[C::parameters + C::held + 1];
+            load_parameters<C>(block, row, pair.index, parameters);
             V a[kGates + kApart], state[2] = {V(projected ? R(0) : pair.h), V(pair.c)};
             V saved[kSaved];
 #pragma unroll
@@ -223,7 +216,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
                 a[g + kApart] = V(sum[g] + apart_bias[i][g - (kGates - kApart)]);
               }
             }
-            C::forward(p.options, a, parameters[i], state, saved);
+            C::forward(p.options, a, parameters, state, saved);
             if (projected) Operand<P>::from(state[0].v, operand);
             finish(pair, row, state, saved);
           }
@@ -241,7 +234,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
       } else {
         block.publish(slot ^ 1, 1);
       }
-      if (s + 1 < p.end) look_ahead(s + 1);
+      if (kAhead && s + 1 < p.end) look_ahead(s + 1);
     }
     if (kSecond && (p.stages & kOutput)) {
       if ((p.stages & kCell) && !block.await()) break;
@@ -255,14 +248,15 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           R sum[1];
           block.gather(pair.row, pair.unit, sum);
           if (begins_anew(p, row)) pair.h = R(0);
-          load_held<C>(block, row, pair.index, parameters[i]);
+          V parameters[C::parameters + C::held + 1];
+          load_parameters<C>(block, row, pair.index, parameters);
           V a[kGates + 1], state[2] = {V(pair.h), V(R(0))}, saved[kSaved];
 #pragma unroll
           for (int g = 0; g <= kGates; ++g) {
             a[g] = V(gates[row * p.gate_stride + g * p.hidden + pair.index]);
           }
           a[kGates - 1] = a[kGates - 1] + V(sum[0]);
-          C::forward(p.options, a, parameters[i], state, saved);
+          C::forward(p.options, a, parameters, state, saved);
           finish(pair, row, state, saved);
         } else if (!p.offsets) {
           y[row * y_stride + pair.index] = E{};

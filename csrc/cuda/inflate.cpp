@@ -8,7 +8,7 @@ std::string inflate(const char* compressed, std::size_t bytes) {
   namespace py = pybind11;
   const py::gil_scoped_acquire hold;
   const py::object unpacked =
-      py::module_::import("zlib").attr("decompress")(py::bytes(compressed, bytes));
+      py::module_::import("lzma").attr("decompress")(py::bytes(compressed, bytes));
   return unpacked.cast<std::string>();
 }
 

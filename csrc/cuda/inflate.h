@@ -6,7 +6,7 @@
 
 namespace fastcell::cuda {
 
-// By Python's own zlib: takes the GIL, so the caller must not hold a lock while another thread with
+// By Python's own lzma: takes the GIL, so the caller must not hold a lock while another thread with
 // the GIL may wait for that lock.
 std::string inflate(const char* compressed, std::size_t bytes);
 

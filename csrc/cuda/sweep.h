@@ -1,6 +1,7 @@
 // One launch's parameter: a layer, in one or both directions, over some or all of its steps.
 #pragma once
 
+#include "../common/noise.h"
 #include "../common/options.h"
 
 namespace fastcell::cuda {
@@ -48,6 +49,7 @@ struct Sweep {
   const unsigned char* reset;      // (rows): whether a sample's states are zero before that step
   const unsigned long long* seed;  // of what zoneout draws; null: it takes the expectation
   CellOptions options;
+  noise::Bits held_below[2];  // of zoneout: draws below it keep a state
   int layer;   // index of the first direction's
   int hidden;  // H
   int output;  // P, or H

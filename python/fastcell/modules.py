@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -465,11 +466,24 @@ class _HiddenLayer(_Layer):
         return_states: bool = False,
     ) -> Any:
         given = None if hx is None else (hx,)
+        cell = self._checked_cell()
         if return_states:
-            output, (h,), (all_h,) = self._run_all(cell_of(self), input, given, lengths, reset)
+            output, (h,), (all_h,) = self._run_all(cell, input, given, lengths, reset)
             return output, h, all_h
-        output, states = self._run(cell_of(self), input, given, lengths, reset)
+        output, states = self._run(cell, input, given, lengths, reset)
         return output, states[0]
+
+    def _checked_cell(self) -> str:
+        return cell_of(self)
+
+
+def _forward_of(name: str) -> Any:
+    """``_HiddenLayer.forward`` under the name that a layer's own would have in messages."""
+    base: Any = _HiddenLayer.forward
+    own = FunctionType(base.__code__, base.__globals__, "forward", base.__defaults__)
+    own.__kwdefaults__, own.__annotations__ = base.__kwdefaults__, base.__annotations__
+    own.__qualname__, own.__module__ = f"{name}.forward", base.__module__
+    return own
 
 
 class RNN(_HiddenLayer):
@@ -574,10 +588,13 @@ class RNN(_HiddenLayer):
                 skip_beside=skip_beside,
             )  # fmt: skip
 
-    def _run(self, *args: Any) -> tuple[Sequences, States]:
+    if not TYPE_CHECKING:
+        forward = _forward_of("RNN")
+
+    def _checked_cell(self) -> str:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
-        return super()._run(*args)
+        return cell_of(self)
 
 
 class LeakyRNN(RNN):
@@ -721,6 +738,9 @@ class IndRNN(_HiddenLayer):
             skip=skip,
             skip_beside=skip_beside,
         )
+
+    if not TYPE_CHECKING:
+        forward = _forward_of("IndRNN")
 
     _options = ("nonlinearity", *_Layer._options)
 
@@ -972,6 +992,9 @@ class GRU(_HiddenLayer):
                 weight_dropout=weight_dropout, layer_norm=layer_norm, skip=skip,
                 skip_beside=skip_beside,
             )  # fmt: skip
+
+    if not TYPE_CHECKING:
+        forward = _forward_of("GRU")
 
     reset_after: bool = True
     activation: str = "tanh"
