@@ -41,7 +41,7 @@ class BoundNormed {
     call.dtype = dtype_;
     call.hidden = hidden_;
     call.time = {steps, batch, rows, nullptr};
-    return kernels_->workspace(call, backward, threads_for(batch, threads));
+    return kernels_->workspace(call, backward, threads);
   }
 
   // pointers: offsets, terms, weights, gain, bias, cell norm, h0, c0, final h, final c, reset, y,
@@ -77,7 +77,7 @@ class BoundNormed {
     } job{call, g.empty() ? nullptr : &gradients, *kernels_};
     py::gil_scoped_release release;
     run_team(
-        threads_for(batch, threads),
+        threads,
         [](const Team& team, Barrier*, const void* context) {
           const Job& job = *static_cast<const Job*>(context);
           job.kernels.run(job.call, job.gradients, team);
@@ -86,11 +86,6 @@ class BoundNormed {
   }
 
  private:
-  // A thread takes whole samples.
-  static int threads_for(int64_t batch, int threads) {
-    return batch < threads ? (batch > 0 ? int(batch) : 1) : threads;
-  }
-
   const NormedKernels* kernels_ = nullptr;
   int64_t hidden_;
   bool reverse_;

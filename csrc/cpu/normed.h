@@ -1,8 +1,8 @@
 // The engine of cells with layer normalisation.
 //
-// A norm needs a sample's sums of all units before any of them goes on, so that a thread takes whole
-// samples: the product of its samples with all weights, then sample by sample the norm and the
-// cell's maths. Nothing is shared but the packed weights, and no step has a barrier.
+// A norm needs a sample's sums of all units before any of them goes on. So a step has two parts, with
+// a barrier behind each: the product, for which threads share out the weights' panels, so that each
+// is read once; then norms and the cell's maths, for which they share out the samples.
 #pragma once
 
 #include "../common/normed.h"
@@ -79,7 +79,6 @@ struct Normed {
   static constexpr int G = Cell::gates;
   static constexpr int lanes = V::lanes;
   static constexpr bool kCell = Cell::states > 1;
-  static constexpr int kSamples = 16;  // that pass over the weights together
 
   // What is kept of a row: normalised sums, gates, for the LSTM c and its normalised numbers, then
   // the norms' scales.
@@ -93,7 +92,7 @@ struct Normed {
   struct Buffers {
     T* panels;      // of the weights, for this direction of the pass
     T *h, *c;       // (B, padded): states, or their gradients
-    T* sums;        // per thread: (samples, padded G*H)
+    T* sums;        // (B, padded G*H)
     T* row;         // per thread: what is kept of a row that nobody keeps; scratch
     T* zeros;
     int64_t stride, wide;
@@ -106,7 +105,7 @@ struct Normed {
                                       : Panels<T>{1, G * H, H}.size());
       h = arena.take<T>(call.time.batch * stride);
       c = arena.take<T>(kCell ? call.time.batch * stride : 0);
-      sums = arena.take<T>(threads * kSamples * wide);
+      sums = arena.take<T>(backward ? 0 : call.time.batch * wide);
       row = arena.take<T>(threads * (kept_elements(H) + wide));
       zeros = arena.take<T>(stride);
     }
@@ -148,8 +147,8 @@ struct Normed {
   const Buffers& buffers;
   const Timeline& time;
   const int64_t H;
-  const Range samples;  // of this thread
-  T* const sums;
+  const Team& team;
+  const Range samples;  // of this thread, in the second part of a step
   T* const scratch;
   const int64_t kept_stride;
 
@@ -160,8 +159,8 @@ struct Normed {
         buffers(buffers),
         time(call.time),
         H(call.hidden),
+        team(team),
         samples(part(call.time.batch, team.index, team.size)),
-        sums(buffers.sums + team.index * kSamples * buffers.wide),
         scratch(buffers.row + team.index * (kept_elements(call.hidden) + buffers.wide)),
         kept_stride(kept_elements(call.hidden)) {}
 
@@ -173,14 +172,25 @@ struct Normed {
     return time.alive(t) < samples.end ? time.alive(t) : samples.end;
   }
 
-  // c[i] = a[i] times all panels, for rows of this thread.
-  void multiply(const T* const* a, int n, const Panels<T>& panels, T* to, int64_t stride) const {
+  // to(b) = row(b) times this thread's panels, for the samples [0, count); `then(b, unit, vectors,
+  // sums)` for each of them.
+  template <class Row, class To, class Then>
+  void multiply(int64_t count, const Panels<T>& panels, Row row, To to, Then then) const {
     alignas(64) T zeros[kMaxVectors * lanes] = {};
-    T* c[kSamples];
-    for (int64_t p = 0; p < panels.count(); ++p) {
-      for (int i = 0; i < n; ++i) c[i] = to + i * stride + panels.first_unit(p);
-      multiply_panel<Plain<T>>(a, c, n, buffers.panels + panels.offset(p), panels.vectors(p),
-                               panels.depth, lanes, zeros);
+    const Range mine = part(panels.count(), team.index, team.size);
+    for (int64_t b = 0; b < count; b += kRowBlock) {
+      const int n = int(count - b < kRowBlock ? count - b : kRowBlock);
+      const T* a[kRowBlock];
+      T* c[kRowBlock];
+      for (int i = 0; i < n; ++i) a[i] = row(b + i);
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        const int64_t unit = panels.first_unit(p);
+        const int vectors = panels.vectors(p);
+        for (int i = 0; i < n; ++i) c[i] = to(b + i, i, unit, vectors);
+        multiply_panel<Plain<T>>(a, c, n, buffers.panels + panels.offset(p), vectors, panels.depth,
+                                 lanes, zeros);
+        for (int i = 0; i < n; ++i) then(b + i, unit, vectors, c[i]);
+      }
     }
   }
 
@@ -214,18 +224,22 @@ struct Normed {
 
   void run_forward() const {
     begin(call.state);
+    team.sync();
     const Panels<T> panels{1, G * H, H};
     for (int64_t i = 0; i < time.steps; ++i) {
       const int64_t t = call.reverse ? time.steps - 1 - i : i, first = time.first(t);
-      for (int64_t b = samples.begin; b < alive(t); b += kSamples) {
-        const int n = int(alive(t) - b < kSamples ? alive(t) - b : kSamples);
-        const T* a[kSamples];
-        for (int k = 0; k < n; ++k) {
-          a[k] = begins_anew(first + b + k) ? buffers.zeros : buffers.h + (b + k) * buffers.stride;
-        }
-        multiply(a, n, panels, sums, buffers.wide);
-        for (int k = 0; k < n; ++k) forward_row(b + k, first + b + k, sums + k * buffers.wide);
+      multiply(
+          time.alive(t), panels,
+          [&](int64_t b) {
+            return begins_anew(first + b) ? buffers.zeros : buffers.h + b * buffers.stride;
+          },
+          [&](int64_t b, int, int64_t unit, int) { return buffers.sums + b * buffers.wide + unit; },
+          [](int64_t, int64_t, int, const T*) {});
+      team.sync();
+      for (int64_t b = samples.begin; b < alive(t); ++b) {
+        forward_row(b, first + b, buffers.sums + b * buffers.wide);
       }
+      team.sync();
     }
     end(call.final_state);
   }
@@ -299,20 +313,21 @@ struct Normed {
     for (int64_t i = 0; i < time.steps; ++i) {
       const int64_t t = call.reverse ? i : time.steps - 1 - i, first = time.first(t);
       for (int64_t b = samples.begin; b < alive(t); ++b) backward_row(t, b, first + b);
+      team.sync();
       // On to the state before: what goes through the product.
-      for (int64_t b = samples.begin; b < alive(t); b += kSamples) {
-        const int n = int(alive(t) - b < kSamples ? alive(t) - b : kSamples);
-        const T* a[kSamples];
-        for (int k = 0; k < n; ++k) a[k] = in(gradients->d_sums) + (first + b + k) * G * H;
-        multiply(a, n, panels, sums, buffers.stride);
-        for (int k = 0; k < n; ++k) {
-          if (begins_anew(first + b + k)) continue;
-          T* const d_h = buffers.h + (b + k) * buffers.stride;
-          for_units([&](int64_t unit, int) {
-            (V::load(d_h + unit) + V::load(sums + k * buffers.stride + unit)).store(d_h + unit);
+      alignas(64) T block[kRowBlock * kMaxVectors * lanes];
+      multiply(
+          time.alive(t), panels,
+          [&](int64_t b) { return in(gradients->d_sums) + (first + b) * G * H; },
+          [&](int64_t, int i, int64_t, int vectors) { return block + i * vectors * lanes; },
+          [&](int64_t b, int64_t unit, int vectors, const T* sums) {
+            if (begins_anew(first + b)) return;
+            T* const d_h = buffers.h + b * buffers.stride + unit;
+            for (int v = 0; v < vectors; ++v) {
+              (V::load(d_h + v * lanes) + V::load(sums + v * lanes)).store(d_h + v * lanes);
+            }
           });
-        }
-      }
+      team.sync();
     }
     end(gradients->d_state);
   }
