@@ -67,7 +67,8 @@ struct Gradients {
 };
 
 bool has_options(const std::string& cell) {
-  return cell == "independent" || cell.find("_general") != std::string::npos;
+  return cell == "independent" || cell == "gru_before" ||
+         cell.find("_general") != std::string::npos;
 }
 
 // Of the cells that have options, each other ones. With a projection no h can be held.
@@ -179,10 +180,13 @@ void step(const std::string& name, const CellOptions& options, const double* x, 
     const double i = sigmoid(seen(0, 0));
     const double f = coupled ? 1 - i : sigmoid(seen(1, 1));
     c = f * c + i * phi(bounded(x[g] + h[g]));
-    out = sigmoid(seen(o, o - 1)) * activate(options.output_activation, bounded(c));
+    out = sigmoid(seen(o, o - 1)) * activate(options.output_activation, c);
   } else if (cell == "gru") {
     const double r = sigmoid(x[0] + h[0]), z = sigmoid(x[1] + h[1]);
     out = (1 - z) * phi(x[2] + r * h[2]) + z * out;
+  } else if (cell == "gru_before") {  // h[2]: the product with what the reset gate left of h
+    const double z = sigmoid(x[1] + h[1]);
+    out = (1 - z) * phi(x[2] + h[2]) + z * out;
   } else {
     std::printf("no plain step for the cell %s: write one\n", name.c_str());
     std::exit(1);
@@ -258,18 +262,29 @@ Result plain_forward(const Problem& p, const CellKernels& cell, Seen seen = as_i
             h_seen[size_t(k)] *= p.factors[size_t((at * p.time.batch + b) * s.output + k)];
           }
           Values next(static_cast<size_t>(H));
+          const auto terms = [&](int g, int64_t unit, const Values& taken, double& of_x,
+                                 double& of_h) {
+            const int64_t line = g * H + unit;
+            of_x = s.bias ? w[2][size_t(line)] : 0;
+            of_h = s.bias ? w[3][size_t(line)] : 0;
+            for (int64_t k = 0; k < features; ++k) {
+              of_x += w[0][size_t(line * features + k)] * x[size_t(k)];
+            }
+            for (int64_t k = 0; s.recurrent && k < s.output; ++k) {
+              of_h += w[1][size_t(line * s.output + k)] * taken[size_t(k)];
+            }
+          };
+          const bool reset_before = !std::strcmp(cell.name, "gru_before");
+          Values left = h_seen;  // of h, by the reset gate
+          for (int64_t unit = 0; reset_before && unit < H; ++unit) {
+            double of_x, of_h;
+            terms(0, unit, h_seen, of_x, of_h);
+            left[size_t(unit)] *= sigmoid(of_x + of_h);
+          }
           for (int64_t unit = 0; unit < H; ++unit) {
             double x_terms[4], h_terms[4];
             for (int g = 0; g < cell.gates; ++g) {
-              const int64_t line = g * H + unit;
-              x_terms[g] = s.bias ? w[2][size_t(line)] : 0;
-              h_terms[g] = s.bias ? w[3][size_t(line)] : 0;
-              for (int64_t k = 0; k < features; ++k) {
-                x_terms[g] += w[0][size_t(line * features + k)] * x[size_t(k)];
-              }
-              for (int64_t k = 0; s.recurrent && k < s.output; ++k) {
-                h_terms[g] += w[1][size_t(line * s.output + k)] * h_seen[size_t(k)];
-              }
+              terms(g, unit, reset_before && g == 2 ? left : h_seen, x_terms[g], h_terms[g]);
             }
             double none = 0;
             next[size_t(unit)] = s.projected ? 0 : h[b * s.output + unit];

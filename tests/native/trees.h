@@ -168,7 +168,7 @@ void check_trees(const Kernels& kernels) {
     }
     // The sequence kernels' cell of the same name.
     const TreeProblem p = make_tree(wide, 0, 5, 37, shapes[2]);
-    const Case c{wide.name + 5, 7, 1, 5, 37, 0, 1, 1, true, false, {1, 1, 1}};
+    const Case c{wide.name + 5, 7, 1, 5, 37, 0, 1, 1, true, false, {1, 1, 1}, false};
     const CellTable& cells = kernels.narrow_cells[int(DType::kFloat64)][0];
     for (int k = 0; k < cells.count; ++k) {
       const CellKernels& cell = cells.cells[k];
