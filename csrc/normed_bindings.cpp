@@ -67,8 +67,14 @@ class BoundNormed {
     NormedGradients gradients{};
     if (!g.empty()) {
       if (g.size() != 10) throw std::invalid_argument("run: wrong number of gradients");
-      gradients = {as(g[0]), {as(g[1]), as(g[2])}, {as(g[3]), as(g[4])}, as(g[5]),
-                   as(g[6]), as(g[7]),             as(g[8]),             as(g[9])};
+      gradients = {as(g[0]),
+                   {as(g[1]), as(g[2])},
+                   {as(g[3]), as(g[4])},
+                   as(g[5]),
+                   as(g[6]),
+                   as(g[7]),
+                   as(g[8]),
+                   as(g[9])};
     }
     struct Job {
       const NormedCall& call;

@@ -1,6 +1,6 @@
 // GRU, reset before, the original: r, z = sigma(.), n = phi(W x + b + U (r h_{t-1}) + b_h),
-// h_t = (1 - z) n + z h_{t-1}. Cho et al. 2014 (whose z is here as torch has it); gate order r, z, n.
-// n's product needs r of all units: a step has two products, and its maths two parts.
+// h_t = (1 - z) n + z h_{t-1}. Cho et al. 2014 (whose z is here as torch has it); gate order r, z,
+// n. n's product needs r of all units: a step has two products, and its maths two parts.
 #pragma once
 
 #include "activation.h"

@@ -1,6 +1,7 @@
-// LSTM and GRU with layer normalisation: the gates' input and recurrent terms are normalised each for
-// itself over all units, and the LSTM's c before the output gate (Ba, Kiros, Hinton 2016). What is
-// normalised, and over which gates together, is said here; the norms are the engine's (cpu/normed.h).
+// LSTM and GRU with layer normalisation: the gates' input and recurrent terms are normalised each
+// for itself over all units, and the LSTM's c before the output gate (Ba, Kiros, Hinton 2016). What
+// is normalised, and over which gates together, is said here; the norms are the engine's
+// (cpu/normed.h).
 #pragma once
 
 #include "gru.h"

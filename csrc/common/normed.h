@@ -1,5 +1,5 @@
-// The plain structures of a layer with layer normalisation: one layer, one direction, after its input
-// terms have been computed and normalised.
+// The plain structures of a layer with layer normalisation: one layer, one direction, after its
+// input terms have been computed and normalised.
 #pragma once
 
 #include "stack.h"
@@ -11,11 +11,11 @@ struct NormedCall {
   int64_t hidden;
   Timeline time;
   bool reverse;
-  const void* terms;      // (rows, G*H): the gates' input terms
-  const void* weights;    // (G*H, H)
-  const void* gain;       // (G*H), of the recurrent terms' norm
-  const void* bias;       // (G*H), added behind it, or null
-  const void* cell_norm;  // LSTM: (2, H), gain and bias of c's norm
+  const void* terms;              // (rows, G*H): the gates' input terms
+  const void* weights;            // (G*H, H)
+  const void* gain;               // (G*H), of the recurrent terms' norm
+  const void* bias;               // (G*H), added behind it, or null
+  const void* cell_norm;          // LSTM: (2, H), gain and bias of c's norm
   const void* state[kMaxStates];  // (B, H), or null for zeros
   void* final_state[kMaxStates];
   const uint8_t* reset;  // (rows), or null

@@ -144,7 +144,7 @@ class Backward {
     T* d_c;
     const T* h_weights;
     const T* r_weights;
-    const T* parameters;  // (N, hidden)
+    const T* parameters;   // (N, hidden)
     const uint8_t* reset;  // or null
     const uint64_t* seed;  // or null
     const T* factors;      // of h in the recurrent product, (B, output), or null
@@ -231,8 +231,7 @@ class Backward {
 
     // d_h of samples [b, b + n): what is carried directly, plus d_gates(later) W_hh.
     // `t`: the later step.
-    FASTCELL_INLINE void recurrent_product(int64_t p, int64_t t, int64_t b, int n,
-                                           T* block) const {
+    FASTCELL_INLINE void recurrent_product(int64_t p, int64_t t, int64_t b, int n, T* block) const {
       const T* const d_gates_later = d_gates_of(t);
       const int vectors = over_h.vectors(p);
       const int64_t unit = over_h.first_unit(p);
@@ -426,7 +425,8 @@ class Backward {
           before[1] = cell_before(t, b, unit, valid);
           after[1] = load_first(kept_states + r * s.hidden + unit, valid);
           d_state[1] = V::load(d_c + b * buffers.d_c_stride + unit);
-          if (d_cells) d_state[1] = d_state[1] + load_first(d_cells + r * d_cells_stride + unit, valid);
+          if (d_cells)
+            d_state[1] = d_state[1] + load_first(d_cells + r * d_cells_stride + unit, valid);
         }
         for (int i = 0; i < N; ++i) {
           p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);

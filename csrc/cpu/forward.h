@@ -102,7 +102,8 @@ struct Packing {
         pack(to.x, weights[0], s.layer_input(layer), to.x_weights, first);
         if constexpr (Cell::recurrent) pack(to.h, weights[1], s.output, to.h_weights, 0);
         if constexpr (Cell::second > 0) {
-          const auto* own = static_cast<const Element*>(weights[1]) + to.h.gates * s.hidden * s.output;
+          const auto* own =
+              static_cast<const Element*>(weights[1]) + to.h.gates * s.hidden * s.output;
           pack(to.second, own, s.output, to.second_weights, 0);
         }
         if (s.projected) pack(to.r, weights[s.projection_at()], s.hidden, to.r_weights, 0);
@@ -226,10 +227,10 @@ class Forward {
     T* layer_output[2];  // inner layers when nothing is kept
     T* dropped;          // an inner layer's output after dropout
     // One for each that may run at the same time: for each direction, or for each layer.
-    T* sums;  // [panel][row]: begun with the projections of one chunk
-    T* h;     // double-buffered: (B, padded output)
-    T* c;     // (B, padded hidden) of the states behind h
-    T* m;     // (B, padded hidden): what the projection, or the second product, takes
+    T* sums;        // [panel][row]: begun with the projections of one chunk
+    T* h;           // double-buffered: (B, padded output)
+    T* c;           // (B, padded hidden) of the states behind h
+    T* m;           // (B, padded hidden): what the projection, or the second product, takes
     T* first_part;  // (B, gates, padded hidden): what the second part of a step needs of the first
     int64_t sums_size, h_size, c_size, m_size, first_size;
     char* x_rows;   // per thread: rows made ready for the product, of one chunk or step
@@ -363,7 +364,7 @@ class Forward {
   const T* const factors;      // of h in the product, (B, output), or null
   T* const masked;
   const T* const zeros;
-  const int index;       // of layer and direction
+  const int index;     // of layer and direction
   const bool hoisted;  // the projections of a chunk of steps before the steps
   const T* initial[Cell::states];
   T* final_state[Cell::states];

@@ -1,8 +1,8 @@
 // The engine of cells with layer normalisation.
 //
-// A norm needs a sample's sums of all units before any of them goes on. So a step has two parts, with
-// a barrier behind each: the product, for which threads share out the weights' panels, so that each
-// is read once; then norms and the cell's maths, for which they share out the samples.
+// A norm needs a sample's sums of all units before any of them goes on. So a step has two parts,
+// with a barrier behind each: the product, for which threads share out the weights' panels, so that
+// each is read once; then norms and the cell's maths, for which they share out the samples.
 #pragma once
 
 #include "../common/normed.h"
@@ -36,10 +36,12 @@ struct Norm {
   // x to its normalised numbers; returns 1 / sqrt(variance + epsilon).
   static T forward(const T* x, int64_t n, T* to) {
     const T mean = sum(n, [&](int64_t k, int there) { return load_first(x + k, there); }) / T(n);
-    const T variance = sum(n, [&](int64_t k, int there) {
-                         const V d = load_first(x + k, there) - load_mean(mean, there);
-                         return d * d;
-                       }) / T(n);
+    const T variance = sum(n,
+                           [&](int64_t k, int there) {
+                             const V d = load_first(x + k, there) - load_mean(mean, there);
+                             return d * d;
+                           }) /
+                       T(n);
     const T scale = T(1) / T(__builtin_sqrt(double(variance) + kEpsilon));
     for (int64_t k = 0; k < n; k += V::lanes) {
       const int there = n - k < V::lanes ? int(n - k) : V::lanes;
@@ -52,9 +54,9 @@ struct Norm {
   template <class D>
   static void backward(const T* normed, T scale, int64_t n, D d, T* to) {
     const T mean = sum(n, [&](int64_t k, int there) { return d(k, there); }) / T(n);
-    const T along = sum(n, [&](int64_t k, int there) {
-                      return d(k, there) * load_first(normed + k, there);
-                    }) / T(n);
+    const T along =
+        sum(n, [&](int64_t k, int there) { return d(k, there) * load_first(normed + k, there); }) /
+        T(n);
     for (int64_t k = 0; k < n; k += V::lanes) {
       const int there = n - k < V::lanes ? int(n - k) : V::lanes;
       const V x = load_first(normed + k, there);
@@ -90,10 +92,10 @@ struct Normed {
   }
 
   struct Buffers {
-    T* panels;      // of the weights, for this direction of the pass
-    T *h, *c;       // (B, padded): states, or their gradients
-    T* sums;        // (B, padded G*H)
-    T* row;         // per thread: what is kept of a row that nobody keeps; scratch
+    T* panels;  // of the weights, for this direction of the pass
+    T *h, *c;   // (B, padded): states, or their gradients
+    T* sums;    // (B, padded G*H)
+    T* row;     // per thread: what is kept of a row that nobody keeps; scratch
     T* zeros;
     int64_t stride, wide;
 
@@ -101,8 +103,8 @@ struct Normed {
       const int64_t H = call.hidden;
       stride = padded_row<T>(H);
       wide = padded_row<T>(G * H);
-      panels = arena.take<T>(backward ? Panels<T>{1, H, G * H}.size()
-                                      : Panels<T>{1, G * H, H}.size());
+      panels =
+          arena.take<T>(backward ? Panels<T>{1, H, G * H}.size() : Panels<T>{1, G * H, H}.size());
       h = arena.take<T>(call.time.batch * stride);
       c = arena.take<T>(kCell ? call.time.batch * stride : 0);
       sums = arena.take<T>(backward ? 0 : call.time.batch * wide);
@@ -297,7 +299,8 @@ struct Normed {
                load_first(norm + H + unit, there));
   }
 
-  // --- backward -----------------------------------------------------------------------------------
+  // --- backward
+  // -----------------------------------------------------------------------------------
 
   int64_t step_before(int64_t t) const { return call.reverse ? t + 1 : t - 1; }
   // The row of a sample's state before step t, in a (rows, .) of what came out of each step.
@@ -363,7 +366,9 @@ struct Normed {
       const T *d_n = in(gradients->d_cell) + r * H, *gain = in(call.cell_norm);
       Norm<T>::backward(
           cell + H, scales[Cell::parts], H,
-          [&](int64_t k, int there) { return load_first(d_n + k, there) * load_first(gain + k, there); },
+          [&](int64_t k, int there) {
+            return load_first(d_n + k, there) * load_first(gain + k, there);
+          },
           scratch);
     }
     for_units([&](int64_t unit, int there) {

@@ -10,7 +10,7 @@ template <class T, template <class> class CellOf>
 constexpr NormedKernels normed_kernels_of(const char* name) {
   using Engine = Normed<T, CellOf>;
   using Cell = CellOf<Vec<T>>;
-  return {name,           Cell::gates, Cell::states, Engine::kept_elements, Engine::workspace_bytes,
+  return {name,       Cell::gates, Cell::states, Engine::kept_elements, Engine::workspace_bytes,
           Engine::run};
 }
 

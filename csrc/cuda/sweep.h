@@ -50,9 +50,9 @@ struct Sweep {
   const unsigned long long* seed;  // of what zoneout draws; null: it takes the expectation
   CellOptions options;
   noise::Bits held_below[2];  // of zoneout: draws below it keep a state
-  int layer;   // index of the first direction's
-  int hidden;  // H
-  int output;  // P, or H
+  int layer;                  // index of the first direction's
+  int hidden;                 // H
+  int output;                 // P, or H
   int directions;
   int gate_stride;       // reals between rows of `gates`
   void* y;               // E (rows, directions * P): output; backward: as it was
