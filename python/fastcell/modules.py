@@ -775,7 +775,7 @@ class LSTM(_Layer):
         recurrent_dropout, weight_dropout: as for :class:`RNN`.
         layer_norm: the gates' input and recurrent terms and c are normalised over the units, with
             gains ``norm_ih_l*`` and ``norm_hh_l*`` (4*H,) and, of c, gain and bias ``norm_c_l*``
-            (2, H) (Ba et al. 2016). Not with the other options of the cell, nor on a GPU.
+            (2, H) (Ba et al. 2016). Not with other options of the cell; no kernels on a GPU.
 
     Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None, reset=None)``.
         input, lengths, reset: as for :class:`RNN`.
@@ -930,7 +930,7 @@ class GRU(_HiddenLayer):
         activation: n's, in place of tanh; as for :class:`LSTM`.
         layer_norm: the gates' input and recurrent terms are normalised over the units, r's and z's
             together and n's apart, with gains ``norm_ih_l*`` and ``norm_hh_l*`` (3*H,) (Ba et al.
-            2016). Not with the other options of the cell, nor on a GPU.
+            2016). Not with other options of the cell; no kernels on a GPU.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype, zoneout, recurrent_dropout, weight_dropout, recompute: as for :class:`RNN`.
 

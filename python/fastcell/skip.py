@@ -2,7 +2,7 @@
 
 In place of it, the steps t, t + d, t + 2d, ... are a sequence of their own, for each of d phases:
 the layer runs on a batch d times as large and a sequence d times as short, which is the same memory
-in the same order. So a delay costs nothing; the kernels even have more rows at once.
+in the same order, and the kernels have more rows at once.
 
 Beside it, a block of d steps sees nothing of itself through the delay: there h_{t-d} is known from
 the block before, and is input. So a layer runs block by block on [x_t, h_{t-d}].
