@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cell_options.h"
+#include "cpu/ragged_rows.h"
 #include "cpu/engine.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
@@ -715,6 +716,14 @@ PYBIND11_MODULE(_core, m) {
         return address;
       },
       py::arg("array"));
+  m.def(
+      "ragged_rows",
+      [](int64_t steps, int64_t batch, Pointer lengths, bool batch_first, Pointer order,
+         Pointer rank, Pointer sizes, Pointer rows) {
+        ragged_rows(steps, batch, as<const int64_t>(lengths), batch_first, as<int64_t>(order),
+                    as<int64_t>(rank), as<int64_t>(sizes), as<int64_t>(rows));
+      },
+      "Fills the tensors of csrc/cpu/ragged_rows.h.");
   m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("whole"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
         "float32 operations per second of independent FMA chains on all threads together.");

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .cells import CellSpec, gru_cell, lstm_cell, rnn_cell, spec_of
+from .cells import NORMED_CELLS, CellSpec, gru_cell, lstm_cell, rnn_cell, spec_of
 from .checks import check_tensors
 from .functional import States
-from .modules import Swappable
+from .layer import Swappable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -74,7 +74,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             states = (torch.nn.functional.linear(input, w_ih, b_ih),) * spec.states
             return states if batched else tuple([state.squeeze(0) for state in states])
         if self.layer_norm:
-            return self._normed_step(cell, input, states, weights, batched)
+            return self._normed_step(cell, input, states, weights, bias, batched)
         _, states = ops.sequence(
             cell,
             input.unsqueeze(0),
@@ -101,26 +101,28 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         input: Tensor,
         states: States | None,
         weights: list[Tensor],
+        bias: bool,
         batched: bool,
     ) -> States:
-        names = ("norm_ih", "norm_hh", "norm_c")[: 3 if cell == "lstm" else 2]
+        names = ("norm_ih", "norm_hh", "norm_c")[: 1 + spec_of(cell).states]
         given = None if states is None else [state.unsqueeze(0) for state in states]
         _, states = ops.normed(
             cell, input.unsqueeze(0), given, [*weights, *[getattr(self, n) for n in names]], None,
-            None, bias=len(weights) == 4, directions=1, batch_first=False, dropout=0.0,
+            None, bias=bias, projected=False, directions=1, batch_first=False, dropout=0.0,
         )  # fmt: skip
         return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
 
     def _add_norms(self, cell: str) -> None:
-        if hasattr(self, "_cell"):
+        if cell not in NORMED_CELLS or self.zoneout:
             raise ValueError(
-                f"layer_norm goes with no other option of the cell: got {self.extra_repr()}"
+                "layer_norm goes with peephole, coupled and no other option of the cell: got "
+                f"{self.extra_repr()}"
             )
-        like, rows = self.weight_ih, self.weight_ih.shape[0]
+        like = self.weight_ih
         for name in ("norm_ih", "norm_hh"):
             self.register_parameter(name, torch.nn.Parameter(torch.ones_like(like[:, 0])))
-        if cell == "lstm":
-            gain = like.new_ones(rows // 4)
+        if spec_of(cell).states > 1:
+            gain = like.new_ones(self.hidden_size)
             norm = torch.stack((gain, torch.zeros_like(gain)))
             self.register_parameter("norm_c", torch.nn.Parameter(norm))
 
@@ -146,11 +148,11 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             if value != getattr(type(self), name):
                 setattr(self, name, value)
                 self._cell = cell
+        if hasattr(self, "_cell"):
+            self._become(cell)
         if layer_norm:
             self.layer_norm = True
             self._add_norms(cell)
-        if hasattr(self, "_cell"):
-            self._become(cell)
 
     def extra_repr(self) -> str:
         own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]

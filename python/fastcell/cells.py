@@ -70,6 +70,8 @@ class Options(NamedTuple):
 
 # Those whose kernels also multiply in 16 and 8 bits.
 NARROW_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+# Those that there are with layer normalisation, too.
+NORMED_CELLS = ("lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity", "softsign", "elu")
 _PLAIN = Options()
 

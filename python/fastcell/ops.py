@@ -29,7 +29,7 @@ from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
-from .normed import Norms
+from .normed import split as split_norms
 from .normed import stack as normed_stack
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import EXTRAS_SCHEMA, Config, Extras
@@ -235,6 +235,7 @@ def normed(
     reset: Tensor | None,
     *,
     bias: bool,
+    projected: bool,
     directions: int,
     batch_first: bool,
     dropout: float,
@@ -255,13 +256,7 @@ def normed(
         input, hx, weights = _cast(torch.float32, input, hx, weights)
     if not input.is_cpu and not input.is_meta:
         _without_kernel(f"layer normalisation on device type '{input.device.type}'")
-    width = 4 + 2 * bias + (cell == "lstm")
-    norms = []
-    for k in range(0, len(weights), width):
-        w = list(weights[k : k + width])
-        b_ih, b_hh = (w.pop(2), w.pop(2)) if bias else (None, None)
-        w_ih, w_hh, norm_ih, norm_hh, *norm_c = w
-        norms.append(Norms(w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, next(iter(norm_c), None)))
+    norms = split_norms(cell, weights, bias, projected)
     if batch_sizes is None:
         timed = input.transpose(0, 1) if batch_first else input
         steps, batch, features = timed.shape
