@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -16,10 +14,11 @@
 #include <vector>
 
 #include "cell_options.h"
-#include "cpu/ragged_rows.h"
 #include "cpu/engine.h"
+#include "cpu/ragged_rows.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
+#include "huge_pages.h"
 #include "normed_bindings.h"
 #include "reservoir_bindings.h"
 #include "small_call.h"
@@ -88,19 +87,6 @@ const CellKernels& kernels_named(const std::string& name, const Stack& stack) {
 using ExtraPointers = std::array<Pointer, 4>;
 Extras extras_of(const ExtraPointers& p) {
   return {as(p[0]), as(p[1]), as<const uint8_t>(p[2]), as<const uint64_t>(p[3])};
-}
-
-// Large fresh buffers are faulted in page by page; huge pages make that, and the TLB's work, cheap.
-// A hint only: failure changes nothing.
-void prefer_huge_pages(void* p, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHuge = std::uintptr_t(1) << 21;
-  if (!p || bytes < int64_t(16 * kHuge)) return;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
-  const std::uintptr_t end =
-      (reinterpret_cast<std::uintptr_t>(p) + std::uintptr_t(bytes)) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // A stack of layers with its kernels: what Python holds per configuration.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/normed_table.h"
+#include "huge_pages.h"
 
 namespace py = pybind11;
 
@@ -89,6 +90,8 @@ class BoundNormed {
                    as(g[13]),
                    as(g[14])};
     }
+    const int64_t item = dtype_ == DType::kFloat64 ? 8 : 4;
+    if (g.empty()) prefer_huge_pages(call.kept, rows * kept_elements() * item);
     struct Job {
       const NormedCall& call;
       const NormedGradients* gradients;

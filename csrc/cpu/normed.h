@@ -12,9 +12,10 @@
 
 namespace fastcell::FASTCELL_ISA {
 
-// What is kept of a row: normalised products of the input and of h, what the cell saves, for the
-// LSTM c and its normalised numbers, what a projection takes, then the norms' scales. Whole
-// vectors, so that rows begin where vectors do.
+// What is kept of a row: normalised products of the input and of h, for the LSTM c, what a
+// projection takes, then the norms' scales and the mean of c. Whole vectors, so that rows begin
+// where vectors do. Gates are made again from these: that takes less time than their way to memory
+// and back.
 template <class Cell, int lanes>
 struct NormedLayout {
   static constexpr bool kCell = Cell::states > 1;
@@ -23,12 +24,11 @@ struct NormedLayout {
 
   static constexpr int64_t x_at() { return 0; }
   int64_t h_at() const { return Cell::gates * hidden; }
-  int64_t saved_at() const { return 2 * Cell::gates * hidden; }
-  int64_t cell_at() const { return saved_at() + Cell::saved * hidden; }
-  int64_t output_at() const { return cell_at() + (kCell ? 2 * hidden : 0); }
+  int64_t cell_at() const { return 2 * Cell::gates * hidden; }
+  int64_t output_at() const { return cell_at() + (kCell ? hidden : 0); }
   int64_t scales_at() const { return output_at() + (projected ? hidden : 0); }
   int64_t elements() const {
-    return (scales_at() + 2 * Cell::parts + (kCell ? 1 : 0) + lanes - 1) / lanes * lanes;
+    return (scales_at() + 2 * Cell::parts + (kCell ? 2 : 0) + lanes - 1) / lanes * lanes;
   }
 };
 
@@ -156,6 +156,17 @@ struct NormedPass {
   FASTCELL_INLINE V normed_cell(V normed, int64_t unit, int there) const {
     const T* const norm = in(call.cell_norm);
     return fma(load_first(norm + unit, there), normed, load_first(norm + H + unit, there));
+  }
+
+  // The gates' terms of some units: their normalised products with gains and biases.
+  FASTCELL_INLINE void terms_of(int which, const T* normed, int64_t unit, int there, V* to) const {
+    for (int g = 0; g < G; ++g) {
+      to[g] = term(which, g * H + unit, load_first(normed + g * H + unit, there), there);
+    }
+  }
+  FASTCELL_INLINE V term(int which, int64_t k, V normed, int there) const {
+    const T *const gain = in(call.gains[which]), *const bias = in(call.biases[which]);
+    return fma(load_first(gain + k, there), normed, bias ? load_first(bias + k, there) : V(T(0)));
   }
 };
 

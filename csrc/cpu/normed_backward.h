@@ -21,6 +21,10 @@ class NormedBackward : NormedPass<T, CellOf> {
   using Product = WeightGradient<T>;
 
   static constexpr int N = Cell::parameters;
+  // Rows of the scratch: what the cell saves, its normalised c and the gradients of that and of the
+  // last gate's terms.
+  static constexpr int kNormed = Cell::saved, kOfNormed = kNormed + 1, kOfGate = kNormed + 2;
+  static constexpr int kScratch = kNormed + 3;
 
   // Of a sample: sums for the gradients of gains, biases, c's norm and the cell's vectors.
   struct Sums {
@@ -41,7 +45,7 @@ class NormedBackward : NormedPass<T, CellOf> {
     T* d_output;                        // (rows of a block, P): of what it makes
     T* d_products;  // (rows of a block, 2 * G*H): of the input's product and of h's
     T* sums;        // (B, .)
-    T* row;         // per thread: gradients of a row's normalised products
+    T* row;         // per thread: what goes from one loop over a row's units to the next
     T* zeros;
     int64_t stride, c_stride, widest_state, wide;
     typename Product::Buffers product;
@@ -65,7 +69,7 @@ class NormedBackward : NormedPass<T, CellOf> {
       d_output = arena.take<T>(projected ? rows * P : 0);
       d_products = arena.take<T>(rows * wide);
       sums = arena.take<T>(batch * Sums{H}.stride());
-      row = arena.take<T>(threads * wide);
+      row = arena.take<T>(threads * kScratch * c_stride);
       zeros = arena.take<T>(widest_state);
     }
 
@@ -85,7 +89,7 @@ class NormedBackward : NormedPass<T, CellOf> {
         gradients(gradients),
         buffers(buffers),
         sums{call.hidden},
-        scratch(buffers.row + team.index * buffers.wide) {}
+        scratch(buffers.row + team.index * kScratch * buffers.c_stride) {}
 
  public:
   static int64_t workspace_bytes(const NormedCall& call, int threads) {
@@ -200,8 +204,7 @@ class NormedBackward : NormedPass<T, CellOf> {
   void row(int64_t t, int64_t b, int64_t r, T* to) const {
     const T* const keep = kept(r);
     const T *const x_terms = keep + layout.x_at(), *const h_terms = keep + layout.h_at();
-    const T *const saved = keep + layout.saved_at(), *const scales = keep + layout.scales_at();
-    const T* const cell = keep + layout.cell_at();
+    const T *const cell = keep + layout.cell_at(), *const scales = keep + layout.scales_at();
     T* const d_h =
         projected ? buffers.d_m + b * buffers.c_stride : buffers.d_h + b * buffers.stride;
     T* const d_c = buffers.d_c + b * buffers.c_stride;
@@ -209,26 +212,24 @@ class NormedBackward : NormedPass<T, CellOf> {
     const bool anew = begins_anew(r);
     const T* const before = state_before(kCell ? 1 : 0, t, b, r);  // of what the cell reads
     typename Norm<T>::Slope slope{};
-    if constexpr (kCell) {
-      slope = through_output(saved, cell, d_h, total, scales[2 * Cell::parts]);
-    }
-    T *const d_x_terms = scratch, *const d_h_terms = scratch + G * H;
+    if constexpr (kCell) slope = through_output(keep, before, d_h, total);
     this->for_units([&](int64_t unit, int there) {
-      V values[Cell::saved], was[Cell::states], d_state[Cell::states], d_x[G], d_u[G];
-      V p[N + 1], d_p[N + 1], c(T(0));
-      for (int i = 0; i < Cell::saved; ++i) values[i] = load_first(saved + i * H + unit, there);
+      V saved[Cell::saved], p[N + 1], d_p[N + 1], c(T(0));
+      V was[Cell::states], d_state[Cell::states], d_x[G], d_u[G];
       this->load_parameters(unit, there, p);
       was[kCell] = load_first(before + unit, there);
       if constexpr (kCell) {
+        for (int i = 0; i < Cell::saved; ++i) saved[i] = V::load(scratch_row(i) + unit);
         c = load_first(cell + unit, there);
-        const V normed = load_first(cell + H + unit, there);
-        const V d_normed = load_first(d_h_terms + unit, there);
-        d_state[1] = V::load(d_c + unit) + slope.to_x(d_normed, normed);
-        d_u[G - 1] = load_first(d_x_terms + (G - 1) * H + unit, there);
+        const V d_normed = V::load(scratch_row(kOfNormed) + unit);
+        d_state[1] =
+            V::load(d_c + unit) + slope.to_x(d_normed, V::load(scratch_row(kNormed) + unit));
+        d_u[G - 1] = V::load(scratch_row(kOfGate) + unit);
       } else {
+        gates(keep, unit, there, p, was[0], saved);
         d_state[0] = V::load(d_h + unit);
       }
-      Cell::backward(values, p, was, c, d_state, d_x, d_u, d_p);
+      Cell::backward(saved, p, was, c, d_state, d_x, d_u, d_p);
       for (int i = 0; i < N; ++i) {
         add_to(total + sums.parameters() + i * H + unit, d_p[i], there);
       }
@@ -251,25 +252,40 @@ class NormedBackward : NormedPass<T, CellOf> {
     });
   }
 
-  // Through the output gate and c's norm. Leaves the gradients of o's terms and of c's normalised
-  // numbers in the scratch.
-  FASTCELL_INLINE typename Norm<T>::Slope through_output(const T* saved, const T* cell,
-                                                         const T* d_h, T* total, T scale) const {
-    T *const d_o = scratch + (G - 1) * H, *const d_normed = scratch + G * H;
-    const T* const gain = in(call.cell_norm);
+  T* scratch_row(int i) const { return scratch + i * buffers.c_stride; }
+
+  // What the cell saved of some units, made again.
+  FASTCELL_INLINE void gates(const T* keep, int64_t unit, int there, const V* p, V before,
+                             V* saved) const {
+    V x[G], u[G], state[Cell::states];
+    this->terms_of(kInput, keep + layout.x_at(), unit, there, x);
+    this->terms_of(kHidden, keep + layout.h_at(), unit, there, u);
+    state[kCell] = before;
+    Cell::forward(x, u, p, state, saved);
+  }
+
+  // Through the output gate and c's norm.
+  FASTCELL_INLINE typename Norm<T>::Slope through_output(const T* keep, const T* before,
+                                                         const T* d_h, T* total) const {
+    const T *const cell = keep + layout.cell_at(), *const gain = in(call.cell_norm);
+    const T* const of_c = keep + layout.scales_at() + 2 * Cell::parts;
+    const typename Norm<T>::Moments moments{of_c[1], of_c[0]};
     T* const d_gain = total + sums.cell_norm();
     this->for_units([&](int64_t unit, int there) {
-      V values[Cell::saved], d_u[G];
-      for (int i = 0; i < Cell::saved; ++i) values[i] = load_first(saved + i * H + unit, there);
-      const V normed = load_first(cell + H + unit, there);
-      const V d_n = Cell::backward_output(values, this->normed_cell(normed, unit, there),
+      V saved[Cell::saved], p[N + 1], d_u[G];
+      this->load_parameters(unit, there, p);
+      gates(keep, unit, there, p, load_first(before + unit, there), saved);
+      for (int i = 0; i < Cell::saved; ++i) saved[i].store(scratch_row(i) + unit);
+      const V normed = moments.normalise(load_first(cell + unit, there));
+      const V d_n = Cell::backward_output(saved, this->normed_cell(normed, unit, there),
                                           V::load(d_h + unit), d_u);
-      store_first(d_o + unit, d_u[G - 1], there);
-      store_first(d_normed + unit, d_n * load_first(gain + unit, there), there);
+      d_u[G - 1].store(scratch_row(kOfGate) + unit);
+      normed.store(scratch_row(kNormed) + unit);
+      (d_n * load_first(gain + unit, there)).store(scratch_row(kOfNormed) + unit);
       add_to(d_gain + unit, d_n * normed, there);
       add_to(d_gain + H + unit, d_n, there);
     });
-    return Norm<T>::slope(d_normed, cell + H, scale, H);
+    return Norm<T>::slope(scratch_row(kOfNormed), scratch_row(kNormed), of_c[0], H);
   }
 
   // d: of the gate's term at k. Leaves that of its normalised product in `to`.

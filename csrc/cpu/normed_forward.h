@@ -17,13 +17,13 @@ class NormedForward : NormedPass<T, CellOf> {
 
   struct Buffers {
     T *x_panels, *h_panels, *r_panels;
-    T *h, *c;  // (B, padded): states
-    T* m;      // (B, padded H): what the projection takes
-    T* sums;   // (B, padded G*H)
-    T* terms;  // (rows of a chunk, G*H), where nothing is kept: the input's normalised product
-    T* row;    // per thread: what is kept of a row, where nothing is
+    T *h, *c;   // (B, padded): states
+    T* m;       // (B, padded H): what the projection takes
+    T* sums;    // (B, padded G*H)
+    T* terms;   // (rows of a chunk, G*H), where nothing is kept: the input's normalised product
+    T* values;  // per thread: what the cell saves of a row
     T* zeros;
-    int64_t stride, c_stride, wide, row_elements, chunk_rows;
+    int64_t stride, c_stride, wide, chunk_rows;
 
     Buffers(const NormedCall& call, int threads, Arena& arena) {
       const int64_t H = call.hidden, P = call.output, batch = call.time.batch;
@@ -31,7 +31,6 @@ class NormedForward : NormedPass<T, CellOf> {
       stride = padded_row<T>(P);
       c_stride = padded_row<T>(H);
       wide = padded_row<T>(G * H);
-      row_elements = padded_row<T>(typename Pass::Layout{H, projected}.elements());
       // Enough rows for the product with the input's weights, few enough to stay in a core's cache.
       chunk_rows = threads * kRowBlock > 256 ? threads * kRowBlock : 256;
       const int64_t rows = chunk_rows > batch ? chunk_rows : batch;
@@ -44,7 +43,7 @@ class NormedForward : NormedPass<T, CellOf> {
       sums = arena.take<T>(batch * wide);
       terms =
           arena.take<T>(call.kept ? 0 : (rows < call.time.rows ? rows : call.time.rows) * G * H);
-      row = arena.take<T>(threads * row_elements);
+      values = arena.take<T>(kCell ? threads * Cell::saved * c_stride : 0);
       zeros = arena.take<T>(stride);
     }
   };
@@ -146,63 +145,55 @@ class NormedForward : NormedPass<T, CellOf> {
   }
 
   void row(int64_t b, int64_t r, const T* x_terms, const T* u) const {
-    T* const keep = call.kept ? this->kept(r) : buffers.row + team.index * buffers.row_elements;
-    T *const saved = keep + layout.saved_at(), *const scales = keep + layout.scales_at();
+    T* const keep = call.kept ? this->kept(r) : nullptr;
+    T* const scales = keep ? keep + layout.scales_at() : nullptr;
     typename Norm<T>::Moments moments[G];  // of each gate's part
     this->for_parts([&](int i, int64_t at, int64_t n) {
       const auto found = Norm<T>::of(u + at, n);
       for (int g = int(at / H); g < int((at + n) / H); ++g) moments[g] = found;
-      scales[Cell::parts + i] = found.scale;
+      if (scales) scales[Cell::parts + i] = found.scale;
     });
     // (Where the output is projected, the cell's h is not the state before: it is not read.)
     T* const h = projected ? buffers.m + b * buffers.c_stride : buffers.h + b * buffers.stride;
     T* const c = buffers.c + b * buffers.c_stride;
-    T *const cell = keep + layout.cell_at(), *const h_terms = keep + layout.h_at();
+    T* const values = buffers.values + team.index * Cell::saved * buffers.c_stride;
     const bool anew = begins_anew(r);
     this->for_units([&](int64_t unit, int there) {
-      V x[G], v[G], p[Cell::parameters + 1], state[Cell::states], values[Cell::saved];
+      V x[G], v[G], p[Cell::parameters + 1], state[Cell::states], saved[Cell::saved];
+      this->terms_of(kInput, x_terms, unit, there, x);
       for (int g = 0; g < G; ++g) {
         const int64_t k = g * H + unit;
         const V normed = moments[g].normalise(load_first(u + k, there));
-        if (call.kept) store_first(h_terms + k, normed, there);
-        x[g] = term(kInput, k, load_first(x_terms + k, there), there);
-        v[g] = term(kHidden, k, normed, there);
+        if (keep) store_first(keep + layout.h_at() + k, normed, there);
+        v[g] = this->term(kHidden, k, normed, there);
       }
       this->load_parameters(unit, there, p);
+      T* const row = kCell ? c : h;
+      state[kCell] = anew ? V(T(0)) : V::load(row + unit);
+      Cell::forward(x, v, p, state, saved);
       if constexpr (kCell) {
-        state[1] = anew ? V(T(0)) : V::load(c + unit);
-      } else {
-        state[0] = anew ? V(T(0)) : V::load(h + unit);
-      }
-      Cell::forward(x, v, p, state, values);
-      for (int i = 0; i < Cell::saved; ++i) store_first(saved + i * H + unit, values[i], there);
-      if constexpr (kCell) {
+        for (int i = 0; i < Cell::saved; ++i) saved[i].store(values + i * buffers.c_stride + unit);
         store_first(c + unit, state[1], there);
-        store_first(cell + unit, state[1], there);
+        if (keep) store_first(keep + layout.cell_at() + unit, state[1], there);
       } else {
         store_output(r, keep, h, unit, state[0], there);
       }
     });
     if constexpr (kCell) {
-      const auto m = Norm<T>::of(cell, H);
-      scales[2 * Cell::parts] = m.scale;
+      const auto m = Norm<T>::of(c, H);
+      if (scales) {
+        scales[2 * Cell::parts] = m.scale;
+        scales[2 * Cell::parts + 1] = m.mean;
+      }
       this->for_units([&](int64_t unit, int there) {
-        V values[Cell::saved];
+        V saved[Cell::saved];
         for (int i = 0; i < Cell::saved; ++i) {
-          values[i] = load_first(saved + i * H + unit, there);
+          saved[i] = V::load(values + i * buffers.c_stride + unit);
         }
-        const V normed = m.normalise(load_first(cell + unit, there));
-        if (call.kept) store_first(cell + H + unit, normed, there);
-        const V n = this->normed_cell(normed, unit, there);
-        store_output(r, keep, h, unit, Cell::output(values, n), there);
+        const V n = this->normed_cell(m.normalise(load_first(c + unit, there)), unit, there);
+        store_output(r, keep, h, unit, Cell::output(saved, n), there);
       });
     }
-  }
-
-  // A gate's term: its normalised product with gain and bias.
-  FASTCELL_INLINE V term(int which, int64_t k, V normed, int there) const {
-    const T *const gain = in(call.gains[which]), *const bias = in(call.biases[which]);
-    return fma(load_first(gain + k, there), normed, bias ? load_first(bias + k, there) : V(T(0)));
   }
 
   FASTCELL_INLINE void store_output(int64_t r, T* keep, T* h, int64_t unit, V value,
@@ -210,7 +201,7 @@ class NormedForward : NormedPass<T, CellOf> {
     store_first(h + unit, value, there);
     if (!projected) {
       store_first(out(call.y) + r * H + unit, value, there);
-    } else if (call.kept) {
+    } else if (keep) {
       store_first(keep + layout.output_at() + unit, value, there);
     }
   }

@@ -318,8 +318,9 @@ class LSTM(Layer):
             ``(0, p)``.
         recurrent_dropout, weight_dropout: as for :class:`RNN`.
         layer_norm: the gates' input and recurrent terms and c are normalised over the units, with
-            gains ``norm_ih_l*`` and ``norm_hh_l*`` (4*H,) and, of c, gain and bias ``norm_c_l*``
-            (2, H) (Ba et al. 2016). Not with other options of the cell; no kernels on a GPU.
+            gains ``norm_ih_l*`` and ``norm_hh_l*`` (G*H,) and, of c, gain and bias ``norm_c_l*``
+            (2, H) (Ba et al. 2016). With ``peephole``, ``coupled`` and ``proj_size``; not with
+            the other options of the cell.
 
     Call: ``output, (h_n, c_n) = layer(input, (h_0, c_0)=None, *, lengths=None, reset=None)``.
         input, lengths, reset: as for :class:`RNN`.
