@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .cells import NORMED_CELLS, CellSpec, gru_cell, lstm_cell, rnn_cell, spec_of
+from .cells import (
+    NORMED_CELLS,
+    CellSpec,
+    checked_alpha,
+    gru_cell,
+    independent_cell,
+    lstm_cell,
+    rnn_cell,
+    spec_of,
+)
 from .checks import check_tensors
 from .functional import States
 from .layer import Swappable
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRUCell", "IndRNNCell", "LSTMCell", "LeakyRNNCell", "RNNCell"]
 
 
 class _Cell(Swappable, torch.nn.RNNCellBase):
@@ -236,6 +245,101 @@ class RNNCell(_Cell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         cell = self.__dict__.get("_cell") or "rnn_" + self.nonlinearity
         return self._step(cell, input, None if hx is None else (hx,))[0]
+
+
+class LeakyRNNCell(RNNCell):
+    """One step of leaky units, h' = alpha h + (1 - alpha) tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Args:
+        alpha, learn_alpha: as for :class:`fastcell.LeakyRNN`; alpha a number or of shape (H,). The
+            parameter is ``weight_leak`` (1, H).
+        All others are those of :class:`RNNCell`, but for ``zoneout``.
+
+    Call, and Raises: as :class:`RNNCell`; ValueError for an alpha outside of 0 .. 1.
+
+    Source: as :class:`fastcell.LeakyRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float | Tensor = 0.5,
+        learn_alpha: bool = False,
+    ) -> None:
+        rnn_cell(nonlinearity, 0.0)  # refuses another
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self._alpha = checked_alpha(alpha, 1, hidden_size)
+        self.learn_alpha = learn_alpha
+        self._become("leaky_" + nonlinearity)
+        self.get_parameter("weight_leak").requires_grad_(learn_alpha)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNNCell, and alpha as it was given."""
+        super().reset_parameters()
+        if "weight_leak" in self._parameters:
+            with torch.no_grad():
+                self.get_parameter("weight_leak").copy_(self._alpha)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")
+
+
+class IndRNNCell(_Cell):
+    """One step of independent units, h' = phi(W_ih x + b_ih + w_hh h + b_hh).
+
+    Args:
+        nonlinearity, zoneout: as for :class:`fastcell.IndRNN`. ``weight_hh`` is (1, H).
+        All others are those of :class:`RNNCell`.
+
+    Call, and Raises: as :class:`RNNCell`.
+
+    Source: as :class:`fastcell.IndRNN`.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
+    ) -> None:
+        cell = independent_cell(nonlinearity, zoneout)
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self._cell = cell
+        self.weight_hh = torch.nn.Parameter(self.weight_hh.new_empty((1, hidden_size)))
+        self.nonlinearity = nonlinearity
+        if zoneout:
+            self.zoneout = zoneout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNNCell, and recurrent weights uniform in 0 .. 1."""
+        super().reset_parameters()
+        torch.nn.init.uniform_(self.weight_hh)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if input.dim() not in (1, 2):
+            _refuse_rank("IndRNNCell", "input", input.dim())
+        if hx is not None and hx.dim() not in (1, 2):
+            _refuse_rank("IndRNNCell", "hidden", hx.dim())
+        return self._step(self._cell, input, None if hx is None else (hx,))[0]
+
+    def extra_repr(self) -> str:
+        # torch.nn's leaves out what is its default, and not this class's.
+        return super().extra_repr() + (", nonlinearity=tanh" if self.nonlinearity == "tanh" else "")
 
 
 class LSTMCell(_Cell):

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class CellSpec:
@@ -199,6 +202,22 @@ def rnn_cell(nonlinearity: str, zoneout: float) -> str:
     if options == _PLAIN:
         return cell
     return with_options("rnn_general", options._replace(activation=nonlinearity))
+
+
+def checked_alpha(alpha: Any, count: int, hidden: int) -> Tensor:
+    """What leaky units keep of h, (count, H), from a number, (H,) or (count, H).
+
+    Raises ValueError for another shape, or a value outside of 0 .. 1.
+    """
+    given = torch.as_tensor(alpha, dtype=torch.float64).cpu()
+    if given.shape not in ((), (hidden,), (count, hidden)):
+        raise ValueError(
+            f"alpha must be a number or of shape ({hidden},) or ({count}, {hidden}), got "
+            f"{tuple(given.shape)}"
+        )
+    if not bool(((given >= 0) & (given <= 1)).all()):
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    return given.expand(count, hidden).clone()
 
 
 def independent_cell(nonlinearity: str, zoneout: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops, transforms
-from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, IndRNNCell, LSTMCell, RNNCell
 from .cells import NARROW_CELLS, cell_of, spec_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
@@ -23,7 +23,7 @@ from .trees.cells import SPECS
 from .trees.modules import TreeLSTM, TreeRNN
 
 _LAYERS = (RNN, IndRNN, LSTM, GRU)
-_CELLS = (RNNCell, LSTMCell, GRUCell)
+_CELLS = (RNNCell, LSTMCell, GRUCell, IndRNNCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)
 
 _REASONS = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cells import (
     cell_of,
+    checked_alpha,
     gru_cell,
     independent_cell,
     lstm_cell,
@@ -197,15 +198,7 @@ class LeakyRNN(RNN):
                 raise ValueError("leaky units have no zoneout: alpha keeps a part of h already")
             super().__init__(*args, **kwargs)
             count = self.num_layers * (2 if self.bidirectional else 1)
-            given = torch.as_tensor(alpha, dtype=torch.float64).cpu()
-            if given.shape not in ((), (self.hidden_size,), (count, self.hidden_size)):
-                raise ValueError(
-                    f"alpha must be a number or of shape ({self.hidden_size},) or "
-                    f"({count}, {self.hidden_size}), got {tuple(given.shape)}"
-                )
-            if not bool(((given >= 0) & (given <= 1)).all()):
-                raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
-            self._alpha = given.expand(count, self.hidden_size).clone()
+            self._alpha = checked_alpha(alpha, count, self.hidden_size)
             self.learn_alpha = learn_alpha
             self._become("leaky_" + self.nonlinearity)
             for own in self._all_weights:
