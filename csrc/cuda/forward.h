@@ -52,8 +52,9 @@ FASTCELL_INLINE void load_parameters(const Block& block, Index row, Index unit, 
   for (int i = 0; i < C::held; ++i) {
     to[C::parameters + i] = V(typename V::Number(p.options.zoneout[i]));
     if (p.seed && p.held_below[i]) {
-      const auto key = noise::row_key(*p.seed, noise::Bits(p.layer + block.direction),
-                                      noise::Bits(i), noise::Counter(row));
+      const auto own =
+          noise::state_key(*p.seed, noise::Bits(p.layer + block.direction), noise::Bits(i));
+      const auto key = noise::row_key(own, noise::Counter(row));
       to[C::parameters + i] = V(noise::draw(key, noise::Bits(unit)) < p.held_below[i] ? 1 : 0);
     }
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -44,16 +45,25 @@ def run_all(
             input, states, weights, steps, spec_of(cell), layer.input_size, layer.hidden_size,
             layer.proj_size, layer.num_layers, directions, layer.bias,
         )  # fmt: skip
-        return ops.all_states(
+        outputs, cells, finals = ops.all_states(
             cell, input, states, weights, batch_sizes, num_layers=layer.num_layers,
             bidirectional=layer.bidirectional, batch_first=layer.batch_first,
             dropout=layer.dropout, training=layer.training, bias=layer.bias,
             recurrent_dropout=layer.recurrent_dropout, reset=reset,
         )  # fmt: skip
+        if plain:
+            aside.extend([kind for kind in (outputs, cells) if kind])
+            return outputs[-1], finals
+        # Whatever is done to the output's rows is done to all states.
+        return torch.cat([*outputs, *cells], -1), finals
 
+    plain = isinstance(input, Tensor) and input.dim() == 3 and lengths is None
+    aside: list[list[Tensor]] = []
     wide, finals = run_stack(
         layer, cell, input, states, weights, layer.refuse, launch, lengths=lengths, reset=reset
     )
+    if plain:
+        return wide, finals, tuple([_by_layer(kind, directions) for kind in aside])
     count = layer.num_layers * directions
     sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: len(finals)]
 
@@ -71,3 +81,12 @@ def run_all(
     output, all_states = split(data)
     packed = PackedSequence(output, batch_sizes, order, back)
     return packed, finals, tuple(all_states)
+
+
+def _by_layer(states: list[Tensor], directions: int) -> Tensor:
+    """Of each layer (T, B, D * n) -> (L*D, T, B, n)."""
+    parts = []
+    for s in states:
+        apart = s.view(*s.shape[:2], directions, s.shape[2] // directions)
+        parts.append(apart.movedim(2, 0))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -155,10 +155,11 @@ def all_states(
     dropout: float,
     training: bool,
     **options: Any,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``sequence``, layer by layer, and all states: beside each other in place of the output.
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """``sequence``, layer by layer, and all states in place of the output.
 
-    h of all layers, each (T, B, D*P), then, if there is one, c of all layers, each (T, B, D*H).
+    h of all layers, each (T, B, D*P); if there is one, c of all layers, each (T, B, D*H); the final
+    states.
     """
     outputs, cells, finals = [], [], []
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
@@ -180,9 +181,7 @@ def all_states(
             cells.append(c)
         outputs.append(input)
         finals.append(states)
-    return torch.cat([*outputs, *cells], -1), tuple(
-        [torch.cat(parts) for parts in zip(*finals, strict=True)]
-    )
+    return outputs, cells, tuple([torch.cat(parts) for parts in zip(*finals, strict=True)])
 
 
 def _with_cells(
