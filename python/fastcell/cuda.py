@@ -14,7 +14,6 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ from torch import Tensor
 from . import _core
 from .autocast import without_autocast
 from .cells import options_of, spec_of
+from .cuda_layer import Layer, Reserve
+from .cuda_time import Time
+from .cuda_weights import biases_of, by_direction, by_unit, pack, parameters_of, round_tf32
 from .plan import Config, Extras
 
 __all__ = [
@@ -36,8 +38,6 @@ ENGINES = ("step", "grid", "cluster")
 # The compiled half. Tests put the emulated one in its place.
 device_code: Any = _core
 
-_CHUNK_BYTES = 64
-_GROUP = 8
 # Looks at a flag (each about half a microsecond) before a kernel gives up waiting for the others.
 _PATIENCE = 1 << 26
 _choice = threading.local()
@@ -102,86 +102,9 @@ def _capability(index: int) -> int:
     return int(device_code.cuda_limits(index)["capability"])
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Sizes of a call, those of one layer and direction in particular."""
-
-    cell: str
-    gates: int
-    apart: int
-    states: int
-    saved: int
-    parameters: int
-    recurrent: bool
-    second: int
-    layers: int
-    directions: int
-    bias: bool
-    hidden: int
-    output: int
-    projected: bool
-    steps: int
-    batch: int
-    rows: int
-    dtype: torch.dtype
-
-    @property
-    def real(self) -> torch.dtype:
-        """The dtype of sums and of what is saved."""
-        return torch.float64 if self.dtype is torch.float64 else torch.float32
-
-    @property
-    def gate_stride(self) -> int:
-        """Of the buffer that holds the input terms first and what is saved after."""
-        return max(self.gates, self.saved) * self.hidden
-
-    @property
-    def weights_each(self) -> int:
-        return 2 + 2 * self.bias + self.projected + (self.parameters > 0 and self.recurrent)
-
-    @property
-    def first_rows(self) -> int:
-        """Of ``weight_hh``: of the gates whose recurrent product takes h itself."""
-        return (self.gates - self.second) * self.hidden
-
-    @property
-    def two_products(self) -> bool:
-        """Whether a step has a second product: a projection, or some gates' own."""
-        return self.projected or self.second > 0
-
-    @property
-    def parameters_at(self) -> int:
-        """Where the cell's own vectors are among the weights of a layer and direction."""
-        return -1 if self.recurrent else 1
-
-
-class Reserve:
-    """What a forward call keeps, as views of one buffer; without one it only measures."""
-
-    def __init__(self, layer: _Layer, memory: Tensor | None) -> None:
-        self.bytes = 0
-        count = layer.layers * layer.directions
-        rows, real, hidden = layer.rows, layer.real, layer.hidden
-
-        def take(width: int, dtype: torch.dtype) -> Any:
-            begin, size = self.bytes, rows * width * dtype.itemsize
-            self.bytes += -(-size // 256) * 256
-            if memory is None:
-                return None
-            return memory[begin : begin + size].view(dtype).view(rows, width)
-
-        self.gates = [take(layer.gate_stride, real) for _ in range(count)]
-        self.cells = [take(hidden, real) if layer.states > 1 else None for _ in range(count)]
-        self.cell_output = [
-            take(hidden, layer.dtype) if layer.projected else None for _ in range(count)
-        ]
-        width = layer.directions * layer.output
-        self.outputs = [take(width, layer.dtype) for _ in range(layer.layers)]
-
-
 def _layer_of(
     config: Config, dtype: torch.dtype, weights: Sequence[Tensor], steps: int, batch: int, rows: Any
-) -> _Layer:
+) -> Layer:
     gates, apart, states, saved, parameters, recurrent, second = device_code.cuda_cell(
         spec_of(config.cell).name
     )
@@ -189,7 +112,7 @@ def _layer_of(
     directions = 2 if config.bidirectional else 1
     each = len(weights) // (config.num_layers * directions)
     projected = each > 2 + 2 * config.bias + (own > 0)
-    return _Layer(
+    return Layer(
         config.cell, gates, apart, states, saved, parameters, recurrent, second, config.num_layers,
         directions, config.bias, int(weights[0].shape[0]) // gates, int(weights[1].shape[1]),
         projected, steps, batch, rows, dtype,
@@ -198,7 +121,7 @@ def _layer_of(
 
 def _layer_for(
     config: Config, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
-) -> _Layer:
+) -> Layer:
     if x.dim() == 3:
         steps, batch = x.shape[:2]
         if config.batch_first:
@@ -216,78 +139,6 @@ def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: 
     return torch.empty(Reserve(layer, None).bytes, dtype=torch.uint8, device=input.device)
 
 
-class _Time:
-    """Which rows there are: of a PackedSequence, where its steps begin and how long samples are.
-
-    ``batch_sizes``: of packed input, or of padded input the lengths of its samples.
-    """
-
-    def __init__(
-        self, layer: _Layer, batch_sizes: Tensor | None, device: torch.device, packed: bool
-    ) -> None:
-        self.offsets = self.lengths = self.batch_sizes = None
-        if batch_sizes is not None and not packed:
-            self.lengths = batch_sizes
-        elif batch_sizes is not None:
-            self.batch_sizes = batch_sizes
-            offsets = batch_sizes.new_zeros(layer.steps + 1)
-            torch.cumsum(batch_sizes, 0, out=offsets[1:])
-            lengths = layer.steps - torch.searchsorted(
-                batch_sizes.flip(0), torch.arange(layer.batch, device="cpu"), right=True
-            )
-            self.offsets = offsets.to(device, non_blocking=True)
-            self.lengths = lengths.to(device, non_blocking=True)
-
-    def existing(self, layer: _Layer, rows: Tensor) -> Tensor:
-        """``rows`` with zeros where a sample has ended, whatever stood there."""
-        if self.lengths is None or self.batch_sizes is not None:
-            return rows
-        alive = torch.arange(layer.steps, device=rows.device)[:, None] < self.lengths
-        return rows.where(alive.view(layer.rows, 1), 0)
-
-    def first_reset(self, layer: _Layer, reset: Tensor, back: bool) -> Tensor:
-        """(B, 1): whether the first step to run, of the samples that have it, begins with zeros."""
-        if self.batch_sizes is None:
-            return reset[-1 if back else 0][:, None]
-        count = int(self.batch_sizes[-1 if back else 0])
-        rows = reset[-count:] if back else reset[:count]
-        return torch.nn.functional.pad(rows, (0, layer.batch - count))[:, None]
-
-    def per_row(self, layer: _Layer, of_samples: Tensor) -> Tensor:
-        """(B, n) -> (rows, n)."""
-        if self.batch_sizes is None:
-            return of_samples.repeat(layer.steps, 1)
-        assert self.offsets is not None
-        rows = torch.arange(layer.rows, device=of_samples.device)
-        return of_samples[
-            rows - self.offsets[torch.searchsorted(self.offsets, rows, right=True) - 1]
-        ]
-
-    def previous(self, layer: _Layer, states: Tensor, first: Tensor, back: bool) -> Tensor:
-        """For each row of ``states`` (rows, P) the one a step before; ``first`` (B, P) to begin."""
-        if self.batch_sizes is None:
-            batch = layer.batch
-            if not back:
-                return torch.cat((first, states[: layer.rows - batch]))
-            if self.lengths is None:
-                return torch.cat((states[batch:], first))
-            begins = torch.arange(1, layer.steps + 1, device=states.device)[:, None] >= self.lengths
-            after = torch.cat((states[batch:], first)).view(layer.steps, batch, -1)
-            return after.where(~begins[:, :, None], first).view(layer.rows, -1)
-        assert self.offsets is not None
-        assert self.lengths is not None
-        rows = torch.arange(layer.rows, device=states.device)
-        step = torch.searchsorted(self.offsets, rows, right=True) - 1
-        sample = rows - self.offsets[step]
-        if back:
-            begins = step + 1 == self.lengths[sample]
-            row = self.offsets[(step + 1).clamp(max=layer.steps)] + sample
-        else:
-            begins = step == 0
-            row = self.offsets[(step - 1).clamp(min=0)] + sample
-        return torch.cat((states, first))[torch.where(begins, layer.rows + sample, row)]
-
-
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b with sums and result in ``dtype``, the inputs' own or float32."""
     if a.dtype is dtype:
@@ -298,38 +149,6 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         except TypeError:  # torch before 2.8
             return (a @ b).to(dtype)
     return a.to(dtype) @ b.to(dtype)
-
-
-def _pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
-    """(groups, units, k) as the kernels read it: [units / 8][k chunk][group][8][64 bytes].
-
-    ``width`` and ``columns``: k and units with their padding.
-    """
-    groups, units, k = weight.shape
-    chunk = _CHUNK_BYTES // weight.element_size()
-    weight = torch.nn.functional.pad(weight, (0, width - k, 0, columns - units))
-    if products == "tf32":
-        weight = _round_tf32(weight)
-    return (
-        weight.view(groups, columns // _GROUP, _GROUP, width // chunk, chunk)
-        .permute(1, 3, 0, 2, 4)
-        .contiguous()
-    )
-
-
-def _round_tf32(x: Tensor) -> Tensor:
-    rounded = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded)
-
-
-def _by_unit(weight: Tensor, gates: int) -> Tensor:
-    """(gates * H, P) -> (1, P, k): k runs over blocks of 8 units, in them gates, in them units."""
-    hidden, output = weight.shape[0] // gates, weight.shape[1]
-    padded = -(-hidden // _GROUP) * _GROUP
-    blocks = torch.nn.functional.pad(
-        weight.view(gates, hidden, output), (0, 0, 0, padded - hidden)
-    ).view(gates, padded // _GROUP, _GROUP, output)
-    return blocks.permute(3, 1, 0, 2).reshape(1, output, gates * padded)
 
 
 def explain(
@@ -361,7 +180,7 @@ def _in_words(plan: Any) -> str:
     return f"one launch, {plan.unit_blocks} {share} over {where}, weights resident"
 
 
-def _plan(layer: _Layer, index: int, backward: bool) -> Any:
+def _plan(layer: Layer, index: int, backward: bool) -> Any:
     return device_code.CudaPlan(
         index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps,
         layer.batch, layer.hidden, layer.output, layer.directions, layer.two_products, _wanted(),
@@ -396,7 +215,7 @@ class _Sweep:
     """The time loop of one layer: plan, workspace, launch."""
 
     def __init__(
-        self, layer: _Layer, device: torch.device, weights: Sequence[Sequence[Tensor]],
+        self, layer: Layer, device: torch.device, weights: Sequence[Sequence[Tensor]],
         backward: bool,
     ) -> None:  # fmt: skip
         self.layer, self.device = layer, device
@@ -410,8 +229,8 @@ class _Sweep:
             if layer.recurrent:
                 first, gates = w_ih_hh[1][: layer.first_rows], layer.gates - layer.second
                 w_hh = first.view(gates, layer.hidden, layer.output)
-                main = _by_unit(first, gates) if backward else w_hh
-                self.weights.append(_pack(main, plan.width, columns, self.products))
+                main = by_unit(first, gates) if backward else w_hh
+                self.weights.append(pack(main, plan.width, columns, self.products))
             else:
                 self.weights.append(None)
             if layer.two_products:
@@ -421,7 +240,7 @@ class _Sweep:
                     else w_ih_hh[1][layer.first_rows :]
                 )
                 w_hr = w_hr.t() if backward else w_hr
-                packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
+                packed = pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
         self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
@@ -433,7 +252,7 @@ class _Sweep:
         )
 
     def run(
-        self, time: _Time, extras: Extras, index: int, sides: list[dict[str, Tensor | None]],
+        self, time: Time, extras: Extras, index: int, sides: list[dict[str, Tensor | None]],
         y: Tensor, d_y: Tensor | None, keep: bool, finish: bool,
     ) -> None:  # fmt: skip
         """``sides``: per direction the tensors of csrc/cuda/sweep.h, Side, by name."""
@@ -479,29 +298,6 @@ def _rows_of(x: Tensor, config: Config, packed: bool) -> Tensor:
     return (x.transpose(0, 1) if config.batch_first else x).reshape(-1, x.shape[-1])
 
 
-def _biases(layer: _Layer, w: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """(what is added to the input terms, what to the recurrent terms that stay apart)."""
-    if not layer.bias:
-        return None, None
-    b_ih, b_hh = w[2].to(layer.real), w[3].to(layer.real)
-    if layer.apart == 0:
-        return b_ih + b_hh, None
-    together = (layer.gates - layer.apart) * layer.hidden
-    return torch.cat((b_ih[:together] + b_hh[:together], b_ih[together:])), b_hh[together:].clone()
-
-
-def _parameters(layer: _Layer, w: Sequence[Tensor]) -> Tensor | None:
-    """The cell's own vectors, in the dtype of its maths."""
-    return w[layer.parameters_at].to(layer.real) if layer.parameters else None
-
-
-def _by_direction(layer: _Layer, index: int, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The weights of layer ``index``, direction by direction."""
-    each = layer.weights_each
-    at = index * layer.directions
-    return [weights[(at + d) * each : (at + d + 1) * each] for d in range(layer.directions)]
-
-
 def forward(
     config: Config,
     x: Tensor,
@@ -535,7 +331,7 @@ def _forward(
     device = x.device
     weights = [_dense(w) for w in weights]
     packed = x.dim() == 2
-    time = _Time(layer, batch_sizes, device, packed)
+    time = Time(layer, batch_sizes, device, packed)
     real, directions = layer.real, layer.directions
     count, batch = layer.layers * directions, layer.batch
     memory = reserve = None
@@ -553,7 +349,7 @@ def _forward(
         for index in range(layer.layers):
             if index and extras.dropout is not None:
                 rows = rows * extras.dropout[index - 1].reshape(rows.shape)
-            own = _by_direction(layer, index, weights)
+            own = by_direction(layer, index, weights)
             sweep = _Sweep(layer, device, own, backward=False)
             if reserve is None:
                 y = rows.new_empty((layer.rows, directions * layer.output))
@@ -562,7 +358,7 @@ def _forward(
             sides: list[dict[str, Tensor | None]] = []
             for d, w in enumerate(own):
                 at = index * directions + d
-                bias, apart_bias = _biases(layer, w)
+                bias, apart_bias = biases_of(layer, w)
                 if reserve is None:
                     gates = rows.new_empty((layer.rows, layer.gate_stride), dtype=real)
                 else:
@@ -573,12 +369,12 @@ def _forward(
                 operand = h if factors is None else h * factors
                 if extras.reset is not None:
                     operand = operand.masked_fill(time.first_reset(layer, extras.reset, d == 1), 0)
-                operand = _round_tf32(operand) if sweep.products == "tf32" else operand
+                operand = round_tf32(operand) if sweep.products == "tf32" else operand
                 sweep.exchange[d, 0, :batch, : layer.output] = operand
                 sides.append(
                     {
                         "gates": gates,
-                        "parameters": _parameters(layer, w),
+                        "parameters": parameters_of(layer, w),
                         "factors": factors,
                         "apart_bias": apart_bias,
                         "carry_h": h,
@@ -615,7 +411,7 @@ def _input_terms(rows: Tensor, w_ih: Tensor, bias: Tensor | None, to: Tensor) ->
 
 
 def _result(
-    layer: _Layer, config: Config, rows: Tensor, packed: bool, copy: bool, output: Tensor | None
+    layer: Layer, config: Config, rows: Tensor, packed: bool, copy: bool, output: Tensor | None
 ) -> Tensor:
     """The output in the caller's layout, his own to change."""
     if output is not None:
@@ -703,7 +499,7 @@ def _backward(
         ]
     else:
         kept = Reserve(layer, reserve)
-        time = _Time(layer, batch_sizes, device, packed)
+        time = Time(layer, batch_sizes, device, packed)
         d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
         input_rows = time.existing(layer, _rows_of(x, config, packed))
         for index in reversed(range(layer.layers)):
@@ -730,9 +526,9 @@ def _backward(
 
 
 def _layer_backward(
-    layer: _Layer,
+    layer: Layer,
     index: int,
-    time: _Time,
+    time: Time,
     below: Tensor,
     hx: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -747,7 +543,7 @@ def _layer_backward(
     """One layer: fills in its part of ``d_weights``, and returns its input's gradient."""
     device, directions, gates = below.device, layer.directions, layer.gates
     hidden, output, each = layer.hidden, layer.output, layer.weights_each
-    own = _by_direction(layer, index, weights)
+    own = by_direction(layer, index, weights)
     sweep = _Sweep(layer, device, own, backward=True)
     sides: list[dict[str, Tensor | None]] = []
     for d in range(directions):
@@ -756,7 +552,7 @@ def _layer_backward(
         sides.append(
             {
                 "gates": kept.gates[at],
-                "parameters": _parameters(layer, own[d]),
+                "parameters": parameters_of(layer, own[d]),
                 "factors": None if extras.recurrent is None else extras.recurrent[at],
                 "carry_h": carry[0][at],
                 "carry_c": carry[1][at] if layer.states > 1 else None,
@@ -837,7 +633,7 @@ def _layer_backward(
 
 
 def _input_gradient(
-    layer: _Layer, config: Config, x: Tensor, d_rows: Tensor | None, packed: bool,
+    layer: Layer, config: Config, x: Tensor, d_rows: Tensor | None, packed: bool,
     into: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if d_rows is None:

@@ -151,8 +151,8 @@ class Layer {
 
   bool projected() const { return hidden_ != output_; }
 
-  // Weights as python/fastcell/cuda.py packs them: [units / 8][k chunk][group][8][64 bytes], zero
-  // beside the `units` and `k` that `weight` (group, unit, k) has.
+  // Weights as python/fastcell/cuda_weights.py packs them: [units / 8][k chunk][group][8][64 bytes],
+  // zero beside the `units` and `k` that `weight` (group, unit, k) has.
   template <class Weight>
   static std::vector<E> pack(size_t groups, size_t units, size_t k, size_t columns, int width,
                              const Weight& weight) {
