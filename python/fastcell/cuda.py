@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .autocast import without_autocast
+from .autocast import runs_without_autocast
 from .cells import options_of, spec_of
 from .cuda_layer import Layer, Reserve
 from .cuda_time import Time
@@ -298,6 +298,7 @@ def _rows_of(x: Tensor, config: Config, packed: bool) -> Tensor:
     return (x.transpose(0, 1) if config.batch_first else x).reshape(-1, x.shape[-1])
 
 
+@runs_without_autocast
 def forward(
     config: Config,
     x: Tensor,
@@ -312,20 +313,6 @@ def forward(
 
     ``output``: where to write it. The arguments are taken as checked.
     """
-    with without_autocast(x):
-        return _forward(config, x, hx, weights, batch_sizes, extras, keep, output)
-
-
-def _forward(
-    config: Config,
-    x: Tensor,
-    hx: Sequence[Tensor] | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    extras: Extras,
-    keep: bool,
-    output: Tensor | None,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
     extras = Extras(*[None if t is None else _dense(t) for t in extras])
     device = x.device
@@ -431,6 +418,7 @@ def _result(
     return result.set_(rows.untyped_storage(), 0, sizes, strides)
 
 
+@runs_without_autocast  # Autograd calls it in the autocast of whoever called backward().
 def backward(
     config: Config,
     grad_output: Tensor | None,
@@ -451,28 +439,6 @@ def backward(
     ``d_x``: where to write the input's gradient; ``add_to``: gradients of the weights, to be added
     to.
     """
-    # Autograd runs this in the autocast of whoever called backward().
-    with without_autocast(x):
-        return _backward(
-            config, grad_output, grad_states, x, hx, weights, batch_sizes, extras, reserve, needs,
-            d_x, add_to,
-        )  # fmt: skip
-
-
-def _backward(
-    config: Config,
-    grad_output: Tensor | None,
-    grad_states: Sequence[Tensor | None],
-    x: Tensor,
-    hx: Sequence[Tensor] | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    extras: Extras,
-    reserve: Tensor,
-    needs: Sequence[bool],
-    d_x: Tensor | None,
-    add_to: Sequence[Tensor | None] | None,
-) -> list[Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
     extras = Extras(*[None if t is None else _dense(t) for t in extras])
     device, real, directions = x.device, layer.real, layer.directions
