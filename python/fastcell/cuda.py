@@ -243,9 +243,11 @@ class _Sweep:
                 packed = pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
-        self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
+        self.exchange = torch.zeros((count, 2, rows, plan.stride), **new)
         self.exchange_projected = (
-            torch.zeros((count, rows, plan.projected_width), **new) if layer.two_products else None
+            torch.zeros((count, rows, plan.projected_stride), **new)
+            if layer.two_products
+            else None
         )
         self.flags = torch.zeros(
             count * plan.tiles * plan.unit_blocks, dtype=torch.int32, device=device
@@ -278,7 +280,7 @@ class _Sweep:
             stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
             pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
             index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep,
-            finish, _report(self.device).data_ptr(), _PATIENCE,
+            finish, _report(self.device).data_ptr(), _PATIENCE, 0, self.layer.steps,
         )  # fmt: skip
 
 
