@@ -13,22 +13,25 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _core
+from . import cuda_wavefront as wavefront
 from .autocast import runs_without_autocast
 from .cells import options_of, spec_of
 from .cuda_layer import Layer, Reserve
 from .cuda_time import Time
+from .cuda_wavefront import Wavefront, choose_wavefront
 from .cuda_weights import biases_of, by_direction, by_unit, pack, parameters_of, round_tf32
 from .plan import Config, Extras
 
 __all__ = [
-    "DTYPES", "architectures", "backward", "choose_engine", "forward", "new_reserve", "products_of",
+    "DTYPES", "architectures", "backward", "choose_engine", "choose_wavefront", "forward",
+    "new_reserve", "products_of",
 ]  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,18 +43,15 @@ device_code: Any = _core
 
 # Looks at a flag (each about half a microsecond) before a kernel gives up waiting for the others.
 _PATIENCE = 1 << 26
-_choice = threading.local()
-
-
-def _wanted() -> str:
-    return getattr(_choice, "engine", "")
+_wanted = ""
 
 
 @contextmanager
 def choose_engine(engine: str | None) -> Iterator[None]:
     """Within this context, run layers on CUDA devices with that engine; None: chosen by shape.
 
-    It holds for the calls of this thread; a backward pass chooses when it runs.
+    It holds for the whole process; a backward pass, which runs in a thread of torch's, chooses when
+    it runs.
 
     Args:
         engine: ``"step"`` (one launch per step), ``"grid"`` (one launch for all steps, the hidden
@@ -62,11 +62,12 @@ def choose_engine(engine: str | None) -> Iterator[None]:
     """
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)} or None, got {engine!r}")
-    before, _choice.engine = _wanted(), engine or ""
+    global _wanted
+    before, _wanted = _wanted, engine or ""
     try:
         yield
     finally:
-        _choice.engine = before
+        _wanted = before
 
 
 def architectures() -> list[str]:
@@ -159,20 +160,29 @@ def explain(
     batch: int,
     device: torch.device,
     gradients: bool,
+    packed: bool,
 ) -> tuple[str, str]:
     """(architecture of the device, how its blocks share a layer's steps, in words)."""
     index = device.index or 0
     layer = _layer_of(config, dtype, weights, steps, batch, steps * batch)
     architecture = f"sm_{_capability(index)}"
     texts = [
-        _in_words(_plan(layer, index, backward)) for backward in (False, True)[: 1 + gradients]
+        _in_words(layer, _schedule(layer, index, backward, packed))
+        for backward in (False, True)[: 1 + gradients]
     ]
     if gradients and texts[0] != texts[1]:
         return architecture, f"forward {texts[0]}; backward {texts[1]}"
     return architecture, texts[0]
 
 
-def _in_words(plan: Any) -> str:
+def _in_words(layer: Layer, schedule: Any) -> str:
+    if isinstance(schedule, Wavefront):
+        alone = _in_words(layer, schedule.plan)
+        return (
+            f"{alone}; {schedule.at_once} of {layer.layers} layers at a time, each "
+            f"{schedule.chunk} steps behind the one before"
+        )
+    plan = schedule
     share = f"blocks of {plan.rows} samples and {plan.units} units"
     if plan.place == "step":
         return f"one launch per step, {share}"
@@ -180,11 +190,27 @@ def _in_words(plan: Any) -> str:
     return f"one launch, {plan.unit_blocks} {share} over {where}, weights resident"
 
 
-def _plan(layer: Layer, index: int, backward: bool) -> Any:
+def _plan(layer: Layer, index: int, backward: bool, wanted: str) -> Any:
     return device_code.CudaPlan(
         index, spec_of(layer.cell).name, products_of(layer.dtype, index), backward, layer.steps,
-        layer.batch, layer.hidden, layer.output, layer.directions, layer.two_products, _wanted(),
+        layer.batch, layer.hidden, layer.output, layer.directions, layer.two_products, wanted,
     )  # fmt: skip
+
+
+def _schedule(layer: Layer, index: int, backward: bool, packed: bool) -> Any:
+    """How a stack runs: the plan of its layers, one after another, or a Wavefront."""
+    plan = _plan(layer, index, backward, _wanted)
+    if layer.layers == 1 or layer.directions == 2 or packed:
+        return plan
+    beside = _plans_beside(layer, index, backward)
+    return wavefront.choose(plan, beside, layer.layers, layer.steps) or plan
+
+
+def _plans_beside(layer: Layer, index: int, backward: bool) -> Iterator[Any]:
+    for place in wavefront.PLACES:
+        if _wanted in ("", place):
+            with suppress(ValueError):  # no such kernel, or it does not fit
+                yield _plan(layer, index, backward, place)
 
 
 # What kernels report: set where one gave up waiting. In memory that the host reads without waiting.
@@ -215,13 +241,12 @@ class _Sweep:
     """The time loop of one layer: plan, workspace, launch."""
 
     def __init__(
-        self, layer: Layer, device: torch.device, weights: Sequence[Sequence[Tensor]],
+        self, layer: Layer, device: torch.device, weights: Sequence[Sequence[Tensor]], plan: Any,
         backward: bool,
     ) -> None:  # fmt: skip
-        self.layer, self.device = layer, device
+        self.layer, self.device, self.plan = layer, device, plan
         self.products = products_of(layer.dtype, device.index or 0)
-        self.plan = _plan(layer, device.index or 0, backward)
-        plan, count = self.plan, layer.directions
+        count = layer.directions
         columns, rows = plan.unit_blocks * plan.units, plan.tiles * plan.rows
         self.weights: list[Tensor | None] = []
         self.projections: list[Tensor] = []
@@ -245,9 +270,7 @@ class _Sweep:
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
         self.exchange = torch.zeros((count, 2, rows, plan.stride), **new)
         self.exchange_projected = (
-            torch.zeros((count, rows, plan.projected_stride), **new)
-            if layer.two_products
-            else None
+            torch.zeros((count, rows, plan.projected_stride), **new) if layer.two_products else None
         )
         self.flags = torch.zeros(
             count * plan.tiles * plan.unit_blocks, dtype=torch.int32, device=device
@@ -255,9 +278,14 @@ class _Sweep:
 
     def run(
         self, time: Time, extras: Extras, index: int, sides: list[dict[str, Tensor | None]],
-        y: Tensor, d_y: Tensor | None, keep: bool, finish: bool,
+        y: Tensor, d_y: Tensor | None, keep: bool, finish: bool, begin: int, end: int,
+        first_row: int,
     ) -> None:  # fmt: skip
-        """``sides``: per direction the tensors of csrc/cuda/sweep.h, Side, by name."""
+        """Some steps, as the pass counts them.
+
+        ``sides``: per direction the tensors of csrc/cuda/sweep.h, Side, by name, of which ``gates``
+        begins with row ``first_row``.
+        """
 
         def pointer(t: Tensor | None) -> int:
             return 0 if t is None else t.data_ptr()
@@ -273,6 +301,8 @@ class _Sweep:
                 else self.exchange_projected[d],
             }
             pointers.append([pointer(side.get(name)) for name in _SIDE])
+            before = first_row * self.layer.gate_stride * self.layer.real.itemsize
+            pointers[-1][_SIDE.index("gates")] -= before
         stream = 0
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -280,7 +310,7 @@ class _Sweep:
             stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
             pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
             index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep,
-            finish, _report(self.device).data_ptr(), _PATIENCE, 0, self.layer.steps,
+            finish, _report(self.device).data_ptr(), _PATIENCE, begin, end,
         )  # fmt: skip
 
 
@@ -335,50 +365,109 @@ def forward(
 
     rows = _rows_of(x, config, packed)
     if layer.rows:
-        for index in range(layer.layers):
-            if index and extras.dropout is not None:
-                rows = rows * extras.dropout[index - 1].reshape(rows.shape)
-            own = by_direction(layer, index, weights)
-            sweep = _Sweep(layer, device, own, backward=False)
-            if reserve is None:
-                y = rows.new_empty((layer.rows, directions * layer.output))
-            else:
-                y = reserve.outputs[index]
-            sides: list[dict[str, Tensor | None]] = []
-            for d, w in enumerate(own):
-                at = index * directions + d
-                bias, apart_bias = biases_of(layer, w)
-                if reserve is None:
-                    gates = rows.new_empty((layer.rows, layer.gate_stride), dtype=real)
-                else:
-                    gates = reserve.gates[at]
-                _input_terms(rows, w[0], bias, gates[:, : w[0].shape[0]])
-                h = carry[0][at]
-                factors = None if extras.recurrent is None else extras.recurrent[at]
-                operand = h if factors is None else h * factors
-                if extras.reset is not None:
-                    operand = operand.masked_fill(time.first_reset(layer, extras.reset, d == 1), 0)
-                operand = round_tf32(operand) if sweep.products == "tf32" else operand
-                sweep.exchange[d, 0, :batch, : layer.output] = operand
-                sides.append(
-                    {
-                        "gates": gates,
-                        "parameters": parameters_of(layer, w),
-                        "factors": factors,
-                        "apart_bias": apart_bias,
-                        "carry_h": h,
-                        "carry_c": carry[1][at] if layer.states > 1 else None,
-                        "cells": None if reserve is None else reserve.cells[at],
-                        "cell_output": None if reserve is None else reserve.cell_output[at],
-                    }
-                )
-            sweep.run(time, extras, index, sides, y, None, keep, False)
-            rows = y
+        schedule = _schedule(layer, device.index or 0, False, packed)
+
+        def layer_pass(index: int) -> _Forward:
+            return _Forward(
+                layer, index, time, extras, rows, weights, carry, reserve, schedule
+            )  # fmt: skip
+
+        if isinstance(schedule, Wavefront):
+            passes = [layer_pass(index) for index in range(layer.layers)]
+            inputs = [rows, *[one.y for one in passes]]
+            wavefront.run(
+                device, schedule, layer.layers, layer.steps,
+                lambda index, begin, end: passes[index].run(inputs[index], begin, end),
+            )  # fmt: skip
+            rows = inputs[-1]
+        else:
+            for index in range(layer.layers):
+                one = layer_pass(index)
+                one.run(rows, 0, layer.steps)
+                rows = one.y
+                del one  # its memory may serve the next
 
     if layer.rows == 0:
         rows = rows.new_empty((0, directions * layer.output))
     result = _result(layer, config, rows, packed, keep, output)
     return result, [state.to(x.dtype) for state in carry], memory
+
+
+class _Forward:
+    """One layer's forward pass; all that it needs but its input is there once it is made."""
+
+    def __init__(
+        self, layer: Layer, index: int, time: Time, extras: Extras, like: Tensor,
+        weights: Sequence[Tensor], carry: list[Tensor], reserve: Reserve | None, schedule: Any,
+    ) -> None:  # fmt: skip
+        self.layer, self.index, self.time, self.extras = layer, index, time, extras
+        self.keep = reserve is not None
+        self.own = by_direction(layer, index, weights)
+        plan, most = schedule, layer.rows
+        if isinstance(schedule, Wavefront):
+            plan, most = schedule.plan, schedule.chunk * layer.batch
+        directions, batch = layer.directions, layer.batch
+        self.sweep = sweep = _Sweep(layer, like.device, self.own, plan, backward=False)
+        if reserve is None:
+            self.y = like.new_empty((layer.rows, directions * layer.output))
+        else:
+            self.y = reserve.outputs[index]
+        self.sides: list[dict[str, Tensor | None]] = []
+        self.biases = []
+        for d, w in enumerate(self.own):
+            at = index * directions + d
+            bias, apart_bias = biases_of(layer, w)
+            self.biases.append(bias)
+            if reserve is None:
+                gates = like.new_empty((most, layer.gate_stride), dtype=layer.real)
+            else:
+                gates = reserve.gates[at]
+            h = carry[0][at]
+            factors = None if extras.recurrent is None else extras.recurrent[at]
+            operand = h if factors is None else h * factors
+            if extras.reset is not None:
+                operand = operand.masked_fill(time.first_reset(layer, extras.reset, d == 1), 0)
+            operand = round_tf32(operand) if sweep.products == "tf32" else operand
+            sweep.exchange[d, 0, :batch, : layer.output] = operand
+            self.sides.append(
+                {
+                    "gates": gates,
+                    "parameters": parameters_of(layer, w),
+                    "factors": factors,
+                    "apart_bias": apart_bias,
+                    "carry_h": h,
+                    "carry_c": carry[1][at] if layer.states > 1 else None,
+                    "cells": None if reserve is None else reserve.cells[at],
+                    "cell_output": None if reserve is None else reserve.cell_output[at],
+                }
+            )
+
+    def run(self, below: Tensor, begin: int, end: int) -> None:
+        """Some steps; ``below``: the output of the layer below, or the input."""
+        layer, index = self.layer, self.index
+        part = _rows_of_steps(layer, begin, end, False)
+        rows = below[part]
+        if index and self.extras.dropout is not None:
+            rows = rows * self.extras.dropout[index - 1].reshape(below.shape)[part]
+        first_row = 0 if self.keep else part.start
+        for side, w, bias in zip(self.sides, self.own, self.biases, strict=True):
+            gates = side["gates"]
+            assert gates is not None
+            to = gates[part.start - first_row : part.stop - first_row, : w[0].shape[0]]
+            _input_terms(rows, w[0], bias, to)
+        self.sweep.run(
+            self.time, self.extras, index, self.sides, self.y, None, self.keep, False, begin, end,
+            first_row,
+        )  # fmt: skip
+
+
+def _rows_of_steps(layer: Layer, begin: int, end: int, back: bool) -> slice:
+    """Which rows a pass runs in some steps, counted as it processes them; ``back``: backwards."""
+    if end - begin == layer.steps:
+        return slice(0, layer.rows)
+    if back:
+        begin, end = layer.steps - end, layer.steps - begin
+    return slice(begin * layer.batch, end * layer.batch)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -470,16 +559,35 @@ def backward(
         time = Time(layer, batch_sizes, device, packed)
         d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
         input_rows = time.existing(layer, _rows_of(x, config, packed))
-        for index in reversed(range(layer.layers)):
-            below = input_rows if index == 0 else kept.outputs[index - 1]
-            if index and extras.dropout is not None:
-                below = below * extras.dropout[index - 1].reshape(below.shape)
-            d_rows = _layer_backward(
-                layer, index, time, below, hx, weights, kept, carry, d_rows,
-                need_weights, d_weights, index > 0 or need_x, extras,
+        schedule = _schedule(layer, device.index or 0, True, packed)
+
+        def layer_pass(index: int) -> _Backward:
+            return _Backward(
+                layer, index, time, extras, weights, hx, kept, carry, index > 0 or need_x,
+                x.shape[-1], schedule,
             )  # fmt: skip
-            if index and extras.dropout is not None and d_rows is not None:
-                d_rows = d_rows * extras.dropout[index - 1].reshape(d_rows.shape)
+
+        def finish(one: _Backward) -> None:
+            below = input_rows if one.index == 0 else kept.outputs[one.index - 1]
+            one.weight_gradients(below, hx, need_weights, d_weights)
+
+        if isinstance(schedule, Wavefront):
+            passes = [layer_pass(index) for index in reversed(range(layer.layers))]
+            given = [d_rows, *[one.d_input for one in passes]]
+            wavefront.run(
+                device, schedule, layer.layers, layer.steps,
+                lambda at, begin, end: passes[at].run(given[at], begin, end),
+            )  # fmt: skip
+            d_rows = given[-1]
+            for one in passes:
+                finish(one)
+        else:
+            for index in reversed(range(layer.layers)):
+                one = layer_pass(index)
+                one.run(d_rows, 0, layer.steps)
+                finish(one)
+                d_rows = one.d_input
+                del one
 
     grads: list[Tensor | None] = [None]
     if need_x:
@@ -493,111 +601,133 @@ def backward(
     return grads + d_weights
 
 
-def _layer_backward(
-    layer: Layer,
-    index: int,
-    time: Time,
-    below: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    kept: Reserve,
-    carry: list[Tensor],
-    d_y: Tensor | None,
-    need_weights: Sequence[bool],
-    d_weights: list[Tensor | None],
-    need_input: bool,
-    extras: Extras,
-) -> Tensor | None:
-    """One layer: fills in its part of ``d_weights``, and returns its input's gradient."""
-    device, directions, gates = below.device, layer.directions, layer.gates
-    hidden, output, each = layer.hidden, layer.output, layer.weights_each
-    own = by_direction(layer, index, weights)
-    sweep = _Sweep(layer, device, own, backward=True)
-    sides: list[dict[str, Tensor | None]] = []
-    for d in range(directions):
-        at = index * directions + d
-        first = [h[at] for h in hx]
-        sides.append(
-            {
-                "gates": kept.gates[at],
-                "parameters": parameters_of(layer, own[d]),
-                "factors": None if extras.recurrent is None else extras.recurrent[at],
-                "carry_h": carry[0][at],
-                "carry_c": carry[1][at] if layer.states > 1 else None,
-                "cells": kept.cells[at],
-                "first_h": first[0] if first else None,
-                "first_c": first[1].to(layer.real) if layer.states > 1 and first else None,
-                "cell_output": kept.cell_output[at],
-                "d_gates": below.new_empty(
-                    (layer.rows, (gates + layer.apart + layer.parameters) * hidden)
-                ),
-                "d_output": below.new_empty((layer.rows, output)) if layer.projected else None,
-            }
-        )
-    y = kept.outputs[index]
-    assert d_y is None or d_y.dtype is layer.dtype  # kernels take its address
-    sweep.run(time, extras, index, sides, y, d_y, True, True)
+class _Backward:
+    """One layer's backward pass; all that it needs but d_y is there once it is made."""
 
-    d_input: Tensor | None = None
-    for d, side in enumerate(sides):
-        at = index * directions + d
-        w, need = own[d], need_weights[at * each : (at + 1) * each]
-        d_gates, d_output = side["d_gates"], side["d_output"]
-        assert d_gates is not None
-        d_in = d_gates[:, : gates * hidden]
-        together = (gates - layer.apart) * hidden
-        columns = (gates + layer.apart) * hidden
-        found: list[Tensor | None] = [None] * each
-        if need_input:
-            d_input = d_in @ w[0] if d_input is None else torch.addmm(d_input, d_in, w[0])
-        if need[0]:
-            found[0] = d_in.t() @ below
-        if need[1] and layer.recurrent:
-            h = y[:, d * output : (d + 1) * output]
-            first_h = hx[0][at] if hx else h.new_zeros((layer.batch, output))
-            before = time.previous(layer, h, first_h, back=d == 1)
-            if extras.reset is not None:
-                before = before.masked_fill(extras.reset.reshape(-1, 1), 0)
-            if extras.recurrent is not None:
-                before = before * time.per_row(layer, extras.recurrent[at])
-            if layer.apart:
-                found[1] = torch.cat(
-                    (
-                        d_gates[:, :together].t() @ before,
-                        d_gates[:, gates * hidden : columns].t() @ before,
-                    )
-                )
-            elif layer.second:
-                # What the second product took was saved behind the gates.
-                took = kept.gates[at][:, gates * hidden : (gates + 1) * hidden]
-                took = time.existing(layer, took).to(below.dtype)
-                found[1] = torch.cat(
-                    (
-                        d_in[:, : layer.first_rows].t() @ before,
-                        d_in[:, layer.first_rows :].t() @ took,
-                    )
-                )
+    def __init__(
+        self, layer: Layer, index: int, time: Time, extras: Extras, weights: Sequence[Tensor],
+        hx: Sequence[Tensor], kept: Reserve, carry: list[Tensor], need_input: bool, features: int,
+        schedule: Any,
+    ) -> None:  # fmt: skip
+        self.layer, self.index, self.time, self.extras = layer, index, time, extras
+        self.kept, self.y = kept, kept.outputs[index]
+        self.own = by_direction(layer, index, weights)
+        new = self.y.new_empty
+        gates, hidden, output = layer.gates, layer.hidden, layer.output
+        plan = schedule.plan if isinstance(schedule, Wavefront) else schedule
+        self.sweep = _Sweep(layer, self.y.device, self.own, plan, backward=True)
+        width = features if index == 0 else layer.directions * output
+        self.d_input = new((layer.rows, width)) if need_input else None
+        self.sides: list[dict[str, Tensor | None]] = []
+        for d in range(layer.directions):
+            at = index * layer.directions + d
+            first = [h[at] for h in hx]
+            self.sides.append(
+                {
+                    "gates": kept.gates[at],
+                    "parameters": parameters_of(layer, self.own[d]),
+                    "factors": None if extras.recurrent is None else extras.recurrent[at],
+                    "carry_h": carry[0][at],
+                    "carry_c": carry[1][at] if layer.states > 1 else None,
+                    "cells": kept.cells[at],
+                    "first_h": first[0] if first else None,
+                    "first_c": first[1].to(layer.real) if layer.states > 1 and first else None,
+                    "cell_output": kept.cell_output[at],
+                    "d_gates": new((layer.rows, (gates + layer.apart + layer.parameters) * hidden)),
+                    "d_output": new((layer.rows, output)) if layer.projected else None,
+                }
+            )
+
+    def run(self, d_y: Tensor | None, begin: int, end: int) -> None:
+        """Some steps; ``d_y``: the output's gradient, as the layer above has left it, or None."""
+        layer, index = self.layer, self.index
+        assert d_y is None or d_y.dtype is layer.dtype  # kernels take its address
+        self.sweep.run(
+            self.time, self.extras, index, self.sides, self.y, d_y, True, True, begin, end, 0
+        )
+        if self.d_input is None:
+            return
+        part = _rows_of_steps(layer, begin, end, True)
+        d_input = self.d_input[part]
+        for d, side in enumerate(self.sides):
+            d_gates = side["d_gates"]
+            assert d_gates is not None
+            d_in = d_gates[part, : layer.gates * layer.hidden]
+            if d == 0:
+                torch.mm(d_in, self.own[d][0], out=d_input)
             else:
-                found[1] = d_in.t() @ before
-        if (layer.bias and (need[2] or need[3])) or (
-            layer.parameters and need[layer.parameters_at]
-        ):
-            total = d_gates.sum(0)
-            if layer.bias:
-                found[2] = total[: gates * hidden].clone()
-                found[3] = torch.cat((total[:together], total[gates * hidden : columns]))
-            if layer.parameters:
-                found[layer.parameters_at] = total[columns:].view(layer.parameters, hidden)
-        projection = 2 + 2 * layer.bias
-        if layer.projected and need[projection]:
-            cell_output = kept.cell_output[at]
-            assert d_output is not None
-            assert cell_output is not None
-            found[projection] = d_output.t() @ time.existing(layer, cell_output)
-        for k in range(each):
-            if need[k]:
-                d_weights[at * each + k] = found[k]
-    return d_input
+                d_input.addmm_(d_in, self.own[d][0])
+        if index and self.extras.dropout is not None:
+            d_input.mul_(self.extras.dropout[index - 1].reshape(self.d_input.shape)[part])
+
+    def weight_gradients(
+        self, below: Tensor, hx: Sequence[Tensor], need_weights: Sequence[bool],
+        d_weights: list[Tensor | None],
+    ) -> None:  # fmt: skip
+        """Fills in the layer's part of ``d_weights``; ``below``: as the forward pass took it."""
+        layer, index, time, extras, kept = (
+            self.layer, self.index, self.time, self.extras, self.kept
+        )  # fmt: skip
+        gates, hidden, output = layer.gates, layer.hidden, layer.output
+        each = layer.weights_each
+        if index and extras.dropout is not None:
+            below = below * extras.dropout[index - 1].reshape(below.shape)
+        for d, side in enumerate(self.sides):
+            at = index * layer.directions + d
+            need = need_weights[at * each : (at + 1) * each]
+            d_gates, d_output = side["d_gates"], side["d_output"]
+            assert d_gates is not None
+            d_in = d_gates[:, : gates * hidden]
+            together = (gates - layer.apart) * hidden
+            columns = (gates + layer.apart) * hidden
+            found: list[Tensor | None] = [None] * each
+            if need[0]:
+                found[0] = d_in.t() @ below
+            if need[1] and layer.recurrent:
+                h = self.y[:, d * output : (d + 1) * output]
+                first_h = hx[0][at] if hx else h.new_zeros((layer.batch, output))
+                before = time.previous(layer, h, first_h, back=d == 1)
+                if extras.reset is not None:
+                    before = before.masked_fill(extras.reset.reshape(-1, 1), 0)
+                if extras.recurrent is not None:
+                    before = before * time.per_row(layer, extras.recurrent[at])
+                if layer.apart:
+                    found[1] = torch.cat(
+                        (
+                            d_gates[:, :together].t() @ before,
+                            d_gates[:, gates * hidden : columns].t() @ before,
+                        )
+                    )
+                elif layer.second:
+                    # What the second product took was saved behind the gates.
+                    took = kept.gates[at][:, gates * hidden : (gates + 1) * hidden]
+                    took = time.existing(layer, took).to(below.dtype)
+                    found[1] = torch.cat(
+                        (
+                            d_in[:, : layer.first_rows].t() @ before,
+                            d_in[:, layer.first_rows :].t() @ took,
+                        )
+                    )
+                else:
+                    found[1] = d_in.t() @ before
+            if (layer.bias and (need[2] or need[3])) or (
+                layer.parameters and need[layer.parameters_at]
+            ):
+                total = d_gates.sum(0)
+                if layer.bias:
+                    found[2] = total[: gates * hidden].clone()
+                    found[3] = torch.cat((total[:together], total[gates * hidden : columns]))
+                if layer.parameters:
+                    found[layer.parameters_at] = total[columns:].view(layer.parameters, hidden)
+            projection = 2 + 2 * layer.bias
+            if layer.projected and need[projection]:
+                cell_output = kept.cell_output[at]
+                assert d_output is not None
+                assert cell_output is not None
+                found[projection] = d_output.t() @ time.existing(layer, cell_output)
+            for k in range(each):
+                if need[k]:
+                    d_weights[at * each + k] = found[k]
 
 
 def _input_gradient(
