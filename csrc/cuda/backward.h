@@ -104,7 +104,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   for (; s < p.end; ++s) {
     const Index t = time(s);
     const int slot = int(s & 1);
-    if (s > p.begin && !(right = block.await())) break;
+    if (!(right = block.await())) break;
     if (kSecond && (p.stages & kOutput)) {
       // All but what comes back through the second product.
       block.multiply(slot);
@@ -279,6 +279,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     }
     keep_pair(block, pairs[i]);
   }
+  if (p.end < p.steps) block.hand_over(int(p.end & 1), kFirst);
   block.end();
 }
 

@@ -63,8 +63,12 @@ void bind_cuda(py::module_& module) {
       .def_readonly("unit_blocks", &Plan::unit_blocks)
       .def_readonly("tiles", &Plan::tiles)
       .def_readonly("tiles_at_once", &Plan::tiles_at_once)
+      .def_readonly("at_once", &Plan::at_once)
+      .def_readonly("time", &Plan::time)
       .def_readonly("width", &Plan::width)
       .def_readonly("projected_width", &Plan::projected_width)
+      .def_readonly("stride", &Plan::stride)
+      .def_readonly("projected_stride", &Plan::projected_stride)
       .def_readonly("shared", &Plan::shared)
       .def_property_readonly("kernel", &Plan::kernel)
       .def(
@@ -73,7 +77,8 @@ void bind_cuda(py::module_& module) {
              const std::vector<std::array<Pointer, kSidePointers>>& sides, Pointer flags,
              Pointer offsets, Pointer lengths, Pointer reset, Pointer seed,
              const CellOptionsTuple& options, int layer, int gate_stride, Pointer y, Pointer d_y,
-             bool keep, bool finish, Pointer status, long long patience) {
+             bool keep, bool finish, Pointer status, long long patience, long long begin,
+             long long end) {
             if (int(sides.size()) != plan.sizes.directions) {
               throw std::invalid_argument("one side per direction");
             }
@@ -100,12 +105,13 @@ void bind_cuda(py::module_& module) {
             sweep.status = static_cast<int*>(at(status));
             sweep.patience = patience;
             py::gil_scoped_release release;
-            cuda::run(plan, sweep, at(stream));
+            cuda::run(plan, sweep, begin, end, at(stream));
           },
           py::arg("stream"), py::arg("sides"), py::arg("flags"), py::arg("offsets"),
           py::arg("lengths"), py::arg("reset"), py::arg("seed"), py::arg("options"),
           py::arg("layer"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"), py::arg("keep"),
-          py::arg("finish"), py::arg("status"), py::arg("patience"));
+          py::arg("finish"), py::arg("status"), py::arg("patience"), py::arg("begin"),
+          py::arg("end"));
 
   module.def(
       "cuda_cell",

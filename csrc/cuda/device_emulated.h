@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "../common/portable.h"
 
@@ -33,12 +34,14 @@ namespace emulated {
 constexpr int kWarp = 32;
 
 // Waiting of a fixed number of fibers for each other: wait() orders what they did before it and what
-// they do after, meet() does not.
+// they do after, meet() does not. wait() is arrive() and, given what that returned, await().
 struct Barrier {
   std::atomic<int> arrived{0};
   std::atomic<int> passed{0};
   void wait(int count);
   void meet(int count);
+  int arrive(int count);
+  void await(int before);
 };
 
 struct Block;
@@ -57,6 +60,7 @@ struct Block {
   Bits32 fragments[kWarp][kWarp][6];  // of each warp and lane: what its product takes
   Cluster* cluster;
   int rank;
+  std::vector<int> before;  // of each thread: what it waits for at the cluster's barrier
 };
 
 extern thread_local Block* current_block;
@@ -98,9 +102,13 @@ inline int load_system(const int* p) { return __atomic_load_n(p, __ATOMIC_RELAXE
 inline void store_system(int* p, int v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 
 inline int cluster_rank() { return this_block().rank; }
-inline void cluster_barrier() {
+inline void cluster_arrive() {
   emulated::Cluster& cluster = *this_block().cluster;
-  cluster.barrier.wait(cluster.size * this_block().threads);
+  this_block().before[size_t(thread())] =
+      cluster.barrier.arrive(cluster.size * this_block().threads);
+}
+inline void cluster_wait() {
+  this_block().cluster->barrier.await(this_block().before[size_t(thread())]);
 }
 inline void store16_remote(void* p, int rank, Bytes16 v) {
   emulated::Block& self = this_block();

@@ -174,7 +174,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   for (; s < p.end; ++s) {
     const Index t = time(s);
     const int slot = int(s & 1);
-    if (s > p.begin && !block.await()) break;
+    if (!block.await()) break;
     if (p.stages & kCell) {
       if constexpr (C::recurrent) block.multiply(slot);
       if (!kAhead) look_ahead(s);
@@ -303,6 +303,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     }
     keep_pair(block, pairs[i]);
   }
+  if (p.end < p.steps) block.hand_over(int(p.end & 1), 1);
   block.end();
 }
 

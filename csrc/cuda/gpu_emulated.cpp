@@ -220,7 +220,7 @@ namespace {
 // `passed` is released by the last alone and acquired before the next wait: no thread can learn of
 // what another did after the barrier.
 template <bool orders>
-void wait_for(Barrier& barrier, int count) {
+int arrive_at(Barrier& barrier, int count) {
   constexpr auto release = orders ? std::memory_order_release : std::memory_order_relaxed;
   constexpr auto acquire = orders ? std::memory_order_acquire : std::memory_order_relaxed;
   const int before = barrier.passed.load(std::memory_order_relaxed);
@@ -228,15 +228,21 @@ void wait_for(Barrier& barrier, int count) {
     barrier.arrived.load(acquire);
     barrier.arrived.store(0, std::memory_order_relaxed);
     barrier.passed.fetch_add(1, release);
-  } else {
-    while (barrier.passed.load(std::memory_order_relaxed) == before) emulated::give_way();
-    barrier.passed.load(acquire);
   }
+  return before;
+}
+template <bool orders>
+void wait_at(Barrier& barrier, int before) {
+  constexpr auto acquire = orders ? std::memory_order_acquire : std::memory_order_relaxed;
+  while (barrier.passed.load(std::memory_order_relaxed) == before) emulated::give_way();
+  barrier.passed.load(acquire);
 }
 }  // namespace
 
-void Barrier::wait(int count) { wait_for<true>(*this, count); }
-void Barrier::meet(int count) { wait_for<false>(*this, count); }
+void Barrier::wait(int count) { await(arrive(count)); }
+void Barrier::meet(int count) { wait_at<false>(*this, arrive_at<false>(*this, count)); }
+int Barrier::arrive(int count) { return arrive_at<true>(*this, count); }
+void Barrier::await(int before) { wait_at<true>(*this, before); }
 
 void pretend(const Limits& limits) { pretended = limits; }
 
@@ -277,6 +283,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
     block.shared = shared.back().aligned();
     block.cluster = &clusters[size_t(i / size)];
     block.rank = i % size;
+    block.before.resize(launch.block);
     pointers.push_back(&block);
   }
   for (int i = 0; i < total; i += size) {

@@ -99,6 +99,9 @@ bool complete(Plan& plan, const Limits& limits) {
                             plan.projected_width, resident, plan.place == Place::kCluster, groups,
                             held_chunks(resident, plan.products.tensor, groups),
                             plan.products.element, plan.products.real);
+  plan.stride = row_stride(plan.width, plan.products.element, plan.place == Place::kCluster);
+  plan.projected_stride =
+      row_stride(plan.projected_width, plan.products.element, plan.place == Place::kCluster);
   if (layout.total > limits.shared_per_block) return false;
   plan.shared = int(layout.total);
   plan.tiles_at_once = std::min(plan.tiles, 65535);  // of a grid's second dimension
@@ -113,6 +116,7 @@ bool complete(Plan& plan, const Limits& limits) {
     }
   }
   const double blocks = double(plan.unit_blocks) * plan.tiles * sizes.directions;
+  plan.at_once = int(at_once / blocks);
   const double waves = std::max(1.0, blocks / at_once);
   const auto product = [&](int width, int columns) {
     const int chunks = width * plan.products.element / kChunkBytes;

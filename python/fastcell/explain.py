@@ -170,7 +170,14 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         if input is not None:
             at = _extent(module, input)
             isa, schedule = cuda.explain(
-                config, arithmetic, weights, at.steps, at.batch, stand_in.device, gradients
+                config,
+                arithmetic,
+                weights,
+                at.steps,
+                at.batch,
+                stand_in.device,
+                gradients,
+                at.offsets is not None,
             )
         if arithmetic in (torch.bfloat16, torch.float16):
             arithmetic = torch.float32
