@@ -71,7 +71,7 @@ class _LayerWithCells(Function):
         output, states, reserve = engine.forward(
             config, input, hx, weights, batch_sizes, extras, True
         )
-        cells = engine.cells(config, input, weights, reserve)
+        cells = engine.cells(config, input, weights, batch_sizes, reserve)
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, reserve, *tensors)
@@ -115,7 +115,9 @@ def _differentiable(
             config, own[0], own[1:count] or None, own[count:], batch_sizes, extras
         )
         pairs = [
-            (o, g) for o, g in zip((output, *states, cells), grads, strict=True) if g is not None
+            (o, g.to(o.dtype))  # (kernels keep c wider than 16 bits)
+            for o, g in zip((output, *states, cells), grads, strict=True)
+            if g is not None
         ]
         asked = [t for t, need in zip(own, needs, strict=True) if need]
         found = iter(

@@ -26,7 +26,8 @@ from .cells import options_of, spec_of
 from .plan import Config, Extras
 
 __all__ = [
-    "DTYPES", "architectures", "backward", "choose_engine", "forward", "new_reserve", "products_of",
+    "DTYPES", "architectures", "backward", "cells", "choose_engine", "forward", "new_reserve",
+    "products_of",
 ]  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -466,7 +467,7 @@ class _Sweep:
 _SIDE = (
     "weights", "projection", "gates", "parameters", "factors", "apart_bias", "carry_h", "carry_c",
     "exchange", "exchange_projected", "cells", "first_h", "first_c", "cell_output",
-    "d_gates", "d_output",
+    "d_gates", "d_output", "d_cells",
 )  # fmt: skip
 
 
@@ -648,18 +649,19 @@ def backward(
     needs: Sequence[bool],
     d_x: Tensor | None = None,
     add_to: Sequence[Tensor | None] | None = None,
+    d_cells: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
 
     ``reserve`` is what ``forward`` kept for the other arguments; it serves once more after that.
     ``d_x``: where to write the input's gradient; ``add_to``: gradients of the weights, to be added
-    to.
+    to; ``d_cells``: that of ``cells``.
     """
     # Autograd runs this in the autocast of whoever called backward().
     with without_autocast(x):
         return _backward(
             config, grad_output, grad_states, x, hx, weights, batch_sizes, extras, reserve, needs,
-            d_x, add_to,
+            d_x, add_to, d_cells,
         )  # fmt: skip
 
 
@@ -676,6 +678,7 @@ def _backward(
     needs: Sequence[bool],
     d_x: Tensor | None,
     add_to: Sequence[Tensor | None] | None,
+    d_cells: Tensor | None,
 ) -> list[Tensor | None]:
     layer = _layer_for(config, x, weights, batch_sizes)
     extras = Extras(*[None if t is None else _dense(t) for t in extras])
@@ -705,13 +708,16 @@ def _backward(
         kept = Reserve(layer, reserve)
         time = _Time(layer, batch_sizes, device, packed)
         d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
+        cell_rows = None
+        if d_cells is not None:
+            cell_rows = _rows_of(d_cells, config, packed).to(real).contiguous()
         input_rows = time.existing(layer, _rows_of(x, config, packed))
         for index in reversed(range(layer.layers)):
             below = input_rows if index == 0 else kept.outputs[index - 1]
             if index and extras.dropout is not None:
                 below = below * extras.dropout[index - 1].reshape(below.shape)
             d_rows = _layer_backward(
-                layer, index, time, below, hx, weights, kept, carry, d_rows,
+                layer, index, time, below, hx, weights, kept, carry, d_rows, cell_rows,
                 need_weights, d_weights, index > 0 or need_x, extras,
             )  # fmt: skip
             if index and extras.dropout is not None and d_rows is not None:
@@ -739,6 +745,7 @@ def _layer_backward(
     kept: Reserve,
     carry: list[Tensor],
     d_y: Tensor | None,
+    d_cells: Tensor | None,
     need_weights: Sequence[bool],
     d_weights: list[Tensor | None],
     need_input: bool,
@@ -768,6 +775,7 @@ def _layer_backward(
                     (layer.rows, (gates + layer.apart + layer.parameters) * hidden)
                 ),
                 "d_output": below.new_empty((layer.rows, output)) if layer.projected else None,
+                "d_cells": None if d_cells is None else d_cells[:, d * hidden :],
             }
         )
     y = kept.outputs[index]
@@ -834,6 +842,27 @@ def _layer_backward(
             if need[k]:
                 d_weights[at * each + k] = found[k]
     return d_input
+
+
+def cells(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reserve: Tensor,
+) -> Tensor:
+    """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept.
+
+    In the dtype of its sums; zero where a sample has ended.
+    """
+    layer = _layer_for(config, x, weights, batch_sizes)
+    packed = x.dim() == 2
+    rows = torch.cat([c for c in Reserve(layer, reserve).cells if c is not None], 1)
+    if packed:
+        return rows
+    rows = _Time(layer, batch_sizes, x.device, packed).existing(layer, rows)
+    steps = rows.view(layer.steps, layer.batch, -1)
+    return steps.transpose(0, 1).contiguous() if config.batch_first else steps
 
 
 def _input_gradient(
