@@ -132,6 +132,7 @@ void bind_cuda(py::module_& module) {
         return d;
       },
       py::arg("device"), "What a device offers to a kernel.");
+  bind_cuda_trees(module);
 }
 
 }  // namespace fastcell
