@@ -64,7 +64,7 @@ endfunction()
 
 # Above gpu.h all is the same with CUDA and without.
 target_sources(_core PRIVATE csrc/cuda/bindings.cpp csrc/cuda/build_info.cpp csrc/cuda/plan.cpp
-               csrc/cuda/run.cpp)
+               csrc/cuda/run.cpp csrc/cuda/tree_bindings.cpp csrc/cuda/tree_run.cpp)
 if(FASTCELL_CUDA)
   fastcell_cuda_toolkit()
 endif()

@@ -21,7 +21,7 @@ using Pointer = std::uintptr_t;
 void* at(Pointer p) { return reinterpret_cast<void*>(p); }
 
 // The members of Side, in their order; 0 for null.
-constexpr size_t kSidePointers = 16;
+constexpr size_t kSidePointers = 17;
 cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
   return {at(p[0]),
           at(p[1]),
@@ -37,6 +37,7 @@ cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
           at(p[13]),
           at(p[14]),
           at(p[15]),
+          at(p[16]),
           nullptr};
 }
 
@@ -137,6 +138,7 @@ void bind_cuda(py::module_& module) {
         return d;
       },
       py::arg("device"), "What a device offers to a kernel.");
+  bind_cuda_trees(module);
 }
 
 }  // namespace fastcell

@@ -1,9 +1,10 @@
-"""The kernels: which instances of the templates in forward.h and backward.h there are.
+"""The kernels: which instances there are of the templates in forward.h, backward.h and tree.h.
 
 Used when the extension is built (compile.py), and to make the emulated ones' table:
 
     python kernel_names.py --table > emulated_kernels.cpp
     python kernel_names.py --table persistent > emulated_kernels.cpp     (of those cells alone)
+    python kernel_names.py --table trees > emulated_kernels.cpp          (those of trees alone)
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ PRODUCTS = {
     "bfloat16": ("Brain", ("Grid", "Cluster")),
     "float16": ("Half", ("Grid", "Cluster")),
 }
+# Over trees; of float and double.
+TREES = ("TreeLstm", "TreeRnnTanh", "TreeRnnRelu")
 
 
 def name(kind: str, cell: str, products: str, place: str) -> str:
@@ -51,8 +54,27 @@ def name(kind: str, cell: str, products: str, place: str) -> str:
     )
 
 
-def names(capability: int, cells: Iterable[str] = CELLS) -> list[str]:
+def names(capability: int) -> list[str]:
     """The kernels for an architecture, such as 90 for 9.0."""
+    return [*of_sequences(capability, CELLS), *of_trees()]
+
+
+def of_trees() -> list[str]:
+    found = []
+    for real, products in (("float", "Float32"), ("double", "Float64")):
+        found += [
+            f"fastcell::cuda::tree_gather<{real}>",
+            f"fastcell::cuda::row_products<fastcell::cuda::{products}>",
+            *[
+                f"fastcell::cuda::tree_{kind}<{real}, fastcell::cells::{cell}>"
+                for kind in PASSES
+                for cell in TREES
+            ],
+        ]
+    return found
+
+
+def of_sequences(capability: int, cells: Iterable[str]) -> list[str]:
     found = []
     for kind in PASSES:
         for cell in cells:
@@ -65,16 +87,20 @@ def names(capability: int, cells: Iterable[str] = CELLS) -> list[str]:
     return found
 
 
-def table(cells: Iterable[str]) -> str:
+def table(kernels: Iterable[str]) -> str:
     """C++ source of the emulated kernels' table."""
-    call = "[](const void* p) {{ {}(*static_cast<const Sweep*>(p)); }}"
-    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in names(90, cells))
+    call = "[](const void* p) {{ call({}, p); }}"
+    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in kernels)
     return f"""#include "kernels.cu"
 
 #include "gpu_emulated.h"
 
 namespace fastcell::cuda {{
 namespace {{
+template <class Parameter>
+void call(void (*kernel)(Parameter), const void* p) {{
+  kernel(*static_cast<const Parameter*>(p));
+}}
 const EmulatedKernel table[] = {{
 {rows}
 }};
@@ -88,4 +114,5 @@ const EmulatedKernel* emulated_kernels(int* count) {{
 
 
 if __name__ == "__main__":
-    print(table(PERSISTENT if sys.argv[-1] == "persistent" else CELLS), end="")
+    parts = {"persistent": of_sequences(90, PERSISTENT), "trees": of_trees()}
+    print(table(parts.get(sys.argv[-1], names(90))), end="")

@@ -8,5 +8,7 @@
 #include "../cells/lstm_variants.h"
 #include "../cells/rnn.h"
 #include "../cells/rnn_options.h"
+#include "../cells/tree.h"
 #include "backward.h"
 #include "forward.h"
+#include "tree.h"

@@ -39,6 +39,8 @@ struct Side {
   void* cell_output;         // E (rows, H), projection: what it was applied to, or null
   void* d_gates;             // E (rows, (gates + apart + parameters) * H): backward
   void* d_output;            // E (rows, P), projection: h's gradient; backward
+  const void* d_cells;       // R (rows, directions * H), from this direction's columns on: of c_t
+                             // as a result, or null; backward
   int* flags;                // how often each block has published: [tiles][unit_blocks]
 };
 

@@ -396,6 +396,32 @@ class CudaPlan:
         Raises RuntimeError if a launch fails.
         """
 
+def cuda_tree(
+    device: int,
+    cell: str,
+    real: str,
+    backward: bool,
+    again: bool,
+    levels: int,
+    level_offsets: int,
+    level_edges: int,
+    hidden: int,
+    positions: int,
+    sums: bool,
+    widths: Sequence[int],
+    pointers: Sequence[int],
+    weights: int,
+    edge_weights: int,
+    stream: int,
+) -> None:
+    """Launch all levels of trees on a stream, the numbers being those of csrc/cuda/tree_run.h.
+
+    ``real``: ``"float32"`` or ``"float64"``; ``widths``: of ``seen``, ``edge_seen``, ``products``
+    and ``d_products``; ``pointers``: the addresses of csrc/cuda/tree_level.h, TreeLevel, in order.
+
+    Raises ValueError for a cell or numbers without kernels, RuntimeError if a launch fails.
+    """
+
 def tree_levels(
     nodes: int,
     parents: int,

@@ -72,7 +72,7 @@ class _LayerWithCells(Function):
         output, states, reserve = engine.forward(
             config, input, hx, weights, batch_sizes, extras, True
         )
-        cells = engine.cells(config, input, weights, reserve)
+        cells = engine.cells(config, input, weights, batch_sizes, reserve)
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, reserve, *tensors)

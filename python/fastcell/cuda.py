@@ -30,7 +30,7 @@ from .cuda_weights import biases_of, by_direction, by_unit, pack, parameters_of,
 from .plan import Config, Extras
 
 __all__ = [
-    "DTYPES", "architectures", "backward", "choose_engine", "choose_wavefront", "forward",
+    "DTYPES", "architectures", "backward", "cells", "choose_engine", "choose_wavefront", "forward",
     "new_reserve", "products_of",
 ]  # fmt: skip
 
@@ -317,7 +317,7 @@ class _Sweep:
 _SIDE = (
     "weights", "projection", "gates", "parameters", "factors", "apart_bias", "carry_h", "carry_c",
     "exchange", "exchange_projected", "cells", "first_h", "first_c", "cell_output",
-    "d_gates", "d_output",
+    "d_gates", "d_output", "d_cells",
 )  # fmt: skip
 
 
@@ -523,12 +523,13 @@ def backward(
     needs: Sequence[bool],
     d_x: Tensor | None = None,
     add_to: Sequence[Tensor | None] | None = None,
+    d_cells: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of [input, *hx, *weights]; None where ``needs`` says so.
 
     ``reserve`` is what ``forward`` kept for the other arguments; it serves once more after that.
     ``d_x``: where to write the input's gradient; ``add_to``: gradients of the weights, to be added
-    to.
+    to; ``d_cells``: that of ``cells``.
     """
     layer = _layer_for(config, x, weights, batch_sizes)
     extras = Extras(*[None if t is None else _dense(t) for t in extras])
@@ -558,13 +559,16 @@ def backward(
         kept = Reserve(layer, reserve)
         time = Time(layer, batch_sizes, device, packed)
         d_rows = None if grad_output is None else _rows_of(grad_output, config, packed).contiguous()
+        cell_rows = None
+        if d_cells is not None:
+            cell_rows = _rows_of(d_cells, config, packed).to(real).contiguous()
         input_rows = time.existing(layer, _rows_of(x, config, packed))
         schedule = _schedule(layer, device.index or 0, True, packed)
 
         def layer_pass(index: int) -> _Backward:
             return _Backward(
                 layer, index, time, extras, weights, hx, kept, carry, index > 0 or need_x,
-                x.shape[-1], schedule,
+                x.shape[-1], schedule, cell_rows,
             )  # fmt: skip
 
         def finish(one: _Backward) -> None:
@@ -607,7 +611,7 @@ class _Backward:
     def __init__(
         self, layer: Layer, index: int, time: Time, extras: Extras, weights: Sequence[Tensor],
         hx: Sequence[Tensor], kept: Reserve, carry: list[Tensor], need_input: bool, features: int,
-        schedule: Any,
+        schedule: Any, d_cells: Tensor | None,
     ) -> None:  # fmt: skip
         self.layer, self.index, self.time, self.extras = layer, index, time, extras
         self.kept, self.y = kept, kept.outputs[index]
@@ -635,6 +639,7 @@ class _Backward:
                     "cell_output": kept.cell_output[at],
                     "d_gates": new((layer.rows, (gates + layer.apart + layer.parameters) * hidden)),
                     "d_output": new((layer.rows, output)) if layer.projected else None,
+                    "d_cells": None if d_cells is None else d_cells[:, d * hidden :],
                 }
             )
 
@@ -728,6 +733,27 @@ class _Backward:
             for k in range(each):
                 if need[k]:
                     d_weights[at * each + k] = found[k]
+
+
+def cells(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reserve: Tensor,
+) -> Tensor:
+    """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept.
+
+    In the dtype of its sums; zero where a sample has ended.
+    """
+    layer = _layer_for(config, x, weights, batch_sizes)
+    packed = x.dim() == 2
+    rows = torch.cat([c for c in Reserve(layer, reserve).cells if c is not None], 1)
+    if packed:
+        return rows
+    rows = Time(layer, batch_sizes, x.device, packed).existing(layer, rows)
+    steps = rows.view(layer.steps, layer.batch, -1)
+    return steps.transpose(0, 1).contiguous() if config.batch_first else steps
 
 
 def _input_gradient(

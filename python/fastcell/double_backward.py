@@ -85,7 +85,7 @@ def gradients_with_graph(
         if torch._C._are_functorch_transforms_active():
             outputs, pull = torch.func.vjp(outputs_of_present, *present)[:2]
             cotangents = [
-                torch.zeros_like(o) if g is None else g
+                torch.zeros_like(o) if g is None else g.to(o.dtype)
                 for o, g in zip(outputs, grad_outputs, strict=True)
             ]
             pulled = iter(pull(tuple(cotangents)))
@@ -132,7 +132,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad over those outputs that there are and that have an incoming gradient."""
     pairs = [
-        (o, g)
+        (o, g.to(o.dtype))  # (kernels keep an LSTM's c wider than 16 bits)
         for o, g in zip(outputs, grad_outputs, strict=True)
         if o is not None and o.requires_grad and g is not None
     ]

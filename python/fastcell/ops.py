@@ -201,9 +201,11 @@ def _with_cells(
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, False)
+    kernels = route(input, weights) == "kernel"
     if input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
-        input, hx, weights = _cast(torch.float32, input, hx, weights)
+        if not kernels or input.dtype not in engine_of(input).DTYPES:
+            input, hx, weights = _cast(torch.float32, input, hx, weights)
     config = Config(cell, 1, bidirectional, bias, batch_first)
     extras = Extras(
         None,
@@ -213,9 +215,6 @@ def _with_cells(
         reset,
         _seed(input) if training and any(options_of(cell).zoneout) else None,
     )
-    kernels = route(input, weights) == "kernel"
-    if kernels and not hasattr(engine_of(input), "cells"):
-        kernels = _without_kernel("every c_t of an LSTM on a GPU") == "kernel"
     output, states, cells = layer_with_cells(
         config, input, hx, weights, batch_sizes, extras, kernels
     )
