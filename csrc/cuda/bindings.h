@@ -5,4 +5,5 @@
 
 namespace fastcell {
 void bind_cuda(pybind11::module_& module);
+void bind_cuda_normed(pybind11::module_& module);  // by the other
 }

@@ -136,6 +136,8 @@ FASTCELL_INLINE float exp_of(float x) { return expf(x); }
 FASTCELL_INLINE double exp_of(double x) { return exp(x); }
 FASTCELL_INLINE float tanh_of(float x) { return tanhf(x); }
 FASTCELL_INLINE double tanh_of(double x) { return ::tanh(x); }
+FASTCELL_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
+FASTCELL_INLINE double sqrt_of(double x) { return __dsqrt_rn(x); }
 FASTCELL_INLINE float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTCELL_INLINE double fma_of(double a, double b, double c) { return __fma_rn(a, b, c); }
 

@@ -147,11 +147,11 @@ std::string Plan::kernel() const {
          qualified("cuda", kPlaceTypes[int(place)]) + ">";
 }
 
-Plan choose_plan(int device, const std::string& cell, const std::string& products,
+Plan choose_plan(int device, const CellFacts& cell, const std::string& products,
                  const Sizes& sizes, const std::string& wanted) {
   const Limits limit = limits(device);
   Plan plan{};
-  plan.cell = cell_facts(cell);
+  plan.cell = cell;
   plan.products = products_facts(products);
   plan.sizes = sizes;
   plan.device = device;
@@ -187,7 +187,7 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
     }
   }
   if (!found) {
-    throw std::invalid_argument("no plan for " + cell + " with products of " + products +
+    throw std::invalid_argument("no plan for " + std::string(cell.name) + " with products of " + products +
                                 ", hidden size " + std::to_string(sizes.hidden) + ", batch " +
                                 std::to_string(sizes.batch) +
                                 (wanted.empty() ? "" : " in place '" + wanted + "'"));

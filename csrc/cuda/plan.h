@@ -57,7 +57,7 @@ struct Plan {
 
 // The plan that the model of the machine finds fastest; with `wanted` (a place's name, or empty)
 // the fastest of those. Throws std::invalid_argument if there is none.
-Plan choose_plan(int device, const std::string& cell, const std::string& products,
-                 const Sizes& sizes, const std::string& wanted);
+Plan choose_plan(int device, const CellFacts& cell, const std::string& products, const Sizes& sizes,
+                 const std::string& wanted);
 
 }  // namespace fastcell::cuda

@@ -4,7 +4,7 @@
 // column. It holds the sums as the tensor cores do: a lane has rows lane/4 and lane/4 + 8, columns
 // 2 (lane%4) and the next. Which numbers of a chunk meet in which instruction is free, as long as
 // rows and columns agree; here lane%4 takes 16 bytes in a row, so that every load is one of 16
-// bytes. Weights are packed as [chunk][group][column][64 bytes] (python/fastcell/cuda.py, _pack()):
+// bytes. Weights are packed as [chunk][group][column][64 bytes] (python/fastcell/cuda.py, pack()):
 // what a warp reads is contiguous.
 #pragma once
 

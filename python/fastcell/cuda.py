@@ -288,7 +288,7 @@ class _Time:
         return torch.cat((states, first))[torch.where(begins, layer.rows + sample, row)]
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b with sums and result in ``dtype``, the inputs' own or float32."""
     if a.dtype is dtype:
         return a @ b
@@ -300,7 +300,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
+def pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
     """(groups, units, k) as the kernels read it: [units / 8][k chunk][group][8][64 bytes].
 
     ``width`` and ``columns``: k and units with their padding.
@@ -309,7 +309,7 @@ def _pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
     chunk = _CHUNK_BYTES // weight.element_size()
     weight = torch.nn.functional.pad(weight, (0, width - k, 0, columns - units))
     if products == "tf32":
-        weight = _round_tf32(weight)
+        weight = round_tf32(weight)
     return (
         weight.view(groups, columns // _GROUP, _GROUP, width // chunk, chunk)
         .permute(1, 3, 0, 2, 4)
@@ -317,7 +317,7 @@ def _pack(weight: Tensor, width: int, columns: int, products: str) -> Tensor:
     )
 
 
-def _round_tf32(x: Tensor) -> Tensor:
+def round_tf32(x: Tensor) -> Tensor:
     rounded = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(x.isnan(), x, rounded)
 
@@ -411,7 +411,7 @@ class _Sweep:
                 first, gates = w_ih_hh[1][: layer.first_rows], layer.gates - layer.second
                 w_hh = first.view(gates, layer.hidden, layer.output)
                 main = _by_unit(first, gates) if backward else w_hh
-                self.weights.append(_pack(main, plan.width, columns, self.products))
+                self.weights.append(pack(main, plan.width, columns, self.products))
             else:
                 self.weights.append(None)
             if layer.two_products:
@@ -421,7 +421,7 @@ class _Sweep:
                     else w_ih_hh[1][layer.first_rows :]
                 )
                 w_hr = w_hr.t() if backward else w_hr
-                packed = _pack(w_hr[None], plan.projected_width, columns, self.products)
+                packed = pack(w_hr[None], plan.projected_width, columns, self.products)
                 self.projections.append(packed)
         new: dict[str, Any] = {"device": device, "dtype": layer.dtype}
         self.exchange = torch.zeros((count, 2, rows, plan.width), **new)
@@ -452,14 +452,12 @@ class _Sweep:
                 else self.exchange_projected[d],
             }
             pointers.append([pointer(side.get(name)) for name in _SIDE])
-        stream = 0
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device).cuda_stream
         self.plan.run(
-            stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
-            pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
-            index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep,
-            finish, _report(self.device).data_ptr(), _PATIENCE,
+            stream_of(self.device), pointers, self.flags.data_ptr(), pointer(time.offsets),
+            pointer(time.lengths), pointer(extras.reset), pointer(extras.seed),
+            tuple(options_of(self.layer.cell)), index * self.layer.directions,
+            self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep, finish,
+            _report(self.device).data_ptr(), _PATIENCE,
         )  # fmt: skip
 
 
@@ -468,6 +466,11 @@ _SIDE = (
     "exchange", "exchange_projected", "cells", "first_h", "first_c", "cell_output",
     "d_gates", "d_output",
 )  # fmt: skip
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of torch's current stream on a device; 0 where the engine is emulated."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _rows_of(x: Tensor, config: Config, packed: bool) -> Tensor:
@@ -573,7 +576,7 @@ def _forward(
                 operand = h if factors is None else h * factors
                 if extras.reset is not None:
                     operand = operand.masked_fill(time.first_reset(layer, extras.reset, d == 1), 0)
-                operand = _round_tf32(operand) if sweep.products == "tf32" else operand
+                operand = round_tf32(operand) if sweep.products == "tf32" else operand
                 sweep.exchange[d, 0, :batch, : layer.output] = operand
                 sides.append(
                     {
@@ -607,11 +610,11 @@ def _input_terms(rows: Tensor, w_ih: Tensor, bias: Tensor | None, to: Tensor) ->
         else:
             torch.addmm(bias, rows, w_ih.t(), out=to)
         return
-    product = _product(rows, w_ih.t(), to.dtype)
+    terms = product(rows, w_ih.t(), to.dtype)
     if bias is None:
-        to.copy_(product)
+        to.copy_(terms)
     else:
-        torch.add(product, bias, out=to)
+        torch.add(terms, bias, out=to)
 
 
 def _result(

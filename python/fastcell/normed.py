@@ -1,15 +1,16 @@
 """LSTM and GRU with layer normalisation: a stack, layer by layer and direction by direction.
 
 The input terms of all steps are one product and one norm, in torch's operations. The steps, with
-the norms that they need, are a kernel on the CPU (csrc/cpu/normed.h); elsewhere, and for
-derivatives of derivatives, they run one by one in torch's operations.
+the norms that they need, are a kernel on the CPU (csrc/cpu/normed.h), and kernels on a GPU
+(normed_cuda.py); elsewhere, and for derivatives of derivatives, they run one by one in torch's
+operations.
 
 Source: J. Ba, J. Kiros, G. Hinton, "Layer normalization", arXiv:1607.06450 (2016).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -51,10 +52,14 @@ def stack(
     reset: Tensor | None,
     directions: int,
     dropout: float,
+    lengths: Tensor | None,
+    run: Callable[..., tuple[Tensor, States]],
 ) -> tuple[Tensor, States]:
     """A stack on packed rows (rows, I), of which the first ``sizes[0]`` are step 0, and so on.
 
-    ``hx``: each (L*D, B, H); ``reset``: (rows,). Returns output rows and the final states.
+    ``hx``: each (L*D, B, H); ``reset``: (rows,); ``lengths``: of the samples (B,), where rows are
+    not packed; ``run``: :func:`direction`, or another engine's. Returns output rows and the final
+    states.
     """
     finals: list[States] = []
     for k in range(0, len(weights), directions):
@@ -64,14 +69,14 @@ def stack(
         for d in range(directions):
             w = weights[k + d]
             given = None if hx is None else [h[k + d] for h in hx]
-            output, final = _direction(cell, rows, given, w, sizes, reset, d == 1)
+            output, final = run(cell, rows, given, w, sizes, reset, d == 1, lengths)
             outputs.append(output)
             finals.append(final)
         rows = torch.cat(outputs, -1)
     return rows, tuple([torch.stack(parts) for parts in zip(*finals, strict=True)])
 
 
-def _direction(
+def direction(
     cell: str,
     rows: Tensor,
     hx: Sequence[Tensor] | None,
@@ -79,7 +84,9 @@ def _direction(
     sizes: Sequence[int],
     reset: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
+    """One layer and direction: by the CPU's kernel where it can be, else step by step."""
     hidden = w.w_hh.shape[1]
     terms = norm(linear(rows, w.w_ih), w.norm_ih, PARTS[cell], hidden)
     if w.b_ih is not None:
@@ -88,17 +95,19 @@ def _direction(
         zeros = rows.new_zeros((sizes[0], hidden))
         hx = (zeros,) if w.norm_c is None else (zeros, zeros)
     tensors = (terms, *hx, w.w_hh, w.norm_hh, w.b_hh, w.norm_c)
-    if not torch.compiler.is_compiling() and _has_kernels(rows):
+    if rows.is_cpu and lengths is None and kernels_run(rows, DTYPES):
         output, *states = _Sweep.apply(  # type: ignore[no-untyped-call]
             cell, tuple(sizes), reset, reverse, *tensors
         )
         return output, tuple(states)
-    return steps(cell, sizes, reset, reverse, *tensors)
+    return steps(cell, sizes, reset, reverse, *tensors, lengths=lengths)
 
 
-def _has_kernels(rows: Tensor) -> bool:
-    plain = is_plain(rows) and rows.is_cpu and rows.dtype in DTYPES
-    return plain and not transforms.transformed()
+def kernels_run(rows: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether kernels for these dtypes can be called here, with such a tensor."""
+    if torch.compiler.is_compiling() or rows.dtype not in dtypes:
+        return False
+    return is_plain(rows) and not transforms.transformed()
 
 
 def norm(x: Tensor, gain: Tensor, parts: Sequence[int], hidden: int) -> Tensor:
@@ -108,7 +117,12 @@ def norm(x: Tensor, gain: Tensor, parts: Sequence[int], hidden: int) -> Tensor:
 
 
 def steps(
-    cell: str, sizes: Sequence[int], reset: Tensor | None, reverse: bool, *tensors: Any
+    cell: str,
+    sizes: Sequence[int],
+    reset: Tensor | None,
+    reverse: bool,
+    *tensors: Any,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, States]:
     """The steps in torch's operations: output rows and final states."""
     terms, *hx, w_hh, gain, bias, norm_c = tensors
@@ -135,6 +149,10 @@ def steps(
             candidate = torch.tanh(x_n + torch.sigmoid(x_r + u_r) * u_n)
             new = ((1 - z) * candidate + z * now[0],)
         outputs[t] = new[0]
+        if lengths is not None:
+            alive = (t < lengths)[:, None]
+            outputs[t] = new[0].where(alive, 0)
+            new = tuple([a.where(alive, s) for a, s in zip(new, state, strict=True)])
         state = tuple([torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True)])
     return torch.cat(outputs), state
 

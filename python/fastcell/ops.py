@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import composite, operator_checks, operators, transforms, vmap
+from . import composite, cuda, normed_cuda, operator_checks, operators, transforms, vmap
 from . import recompute as segments
 from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
-from .normed import Norms
+from .normed import Norms, kernels_run
+from .normed import direction as normed_direction
 from .normed import stack as normed_stack
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import EXTRAS_SCHEMA, Config, Extras
@@ -250,11 +251,15 @@ def normed(
             "input, initial states and weights must have one dtype and device, got "
             f"{sorted(map(str, dtypes))} on {sorted(map(str, devices))}"
         )
-    if input.dtype in _NARROW:
+    missing = why_no_kernels(input.device)
+    if missing:
+        _without_kernel(missing)
+    run = normed_direction
+    if not missing and engine_of(input) is cuda and kernels_run(input, cuda.DTYPES):
+        run = normed_cuda.direction
+    elif input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
         input, hx, weights = _cast(torch.float32, input, hx, weights)
-    if not input.is_cpu and not input.is_meta:
-        _without_kernel(f"layer normalisation on device type '{input.device.type}'")
     width = 4 + 2 * bias + (cell == "lstm")
     norms = []
     for k in range(0, len(weights), width):
@@ -262,18 +267,26 @@ def normed(
         b_ih, b_hh = (w.pop(2), w.pop(2)) if bias else (None, None)
         w_ih, w_hh, norm_ih, norm_hh, *norm_c = w
         norms.append(Norms(w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, next(iter(norm_c), None)))
+    lengths = None
+    if input.dim() == 3:
+        lengths, batch_sizes = batch_sizes, None
     if batch_sizes is None:
         timed = input.transpose(0, 1) if batch_first else input
         steps, batch, features = timed.shape
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         sizes = [batch] * steps
+        if lengths is not None:  # whatever stands behind a sample's end
+            alive = torch.arange(steps, device=input.device)[:, None] < lengths
+            timed = timed.where(alive[:, :, None], 0)
         rows = timed.reshape(steps * batch, features)
     else:
         sizes, rows = batch_sizes.tolist(), input
     if reset is not None:
         reset = reset.reshape(-1)
-    output, states = normed_stack(cell, rows, hx, norms, sizes, reset, directions, dropout)
+    output, states = normed_stack(
+        cell, rows, hx, norms, sizes, reset, directions, dropout, lengths, run
+    )
     if batch_sizes is None:
         output = output.view(steps, batch, output.shape[-1])
         output = output.transpose(0, 1) if batch_first else output
