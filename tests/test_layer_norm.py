@@ -219,7 +219,7 @@ def test_kernels_as_plain_torch(kind, reverse, form, bias):
     torch.manual_seed(3)
     sizes = FORMS[form]
     cell, operands = call_of(kind, sizes, 5, 37, bias)
-    given = cell, sizes, torch.rand(sum(sizes)) < 0.2, reverse
+    given = cell, sizes, torch.rand(sum(sizes)) < 0.2, reverse, None
     wanted = everything(partial(normed_composite.layer, *given), *operands)
     bits = None
     for count in (1, 2, 3):
@@ -235,7 +235,7 @@ def test_kernels_as_plain_torch(kind, reverse, form, bias):
 def test_only_what_is_asked_for(kind):
     """Any one gradient alone is the one among all of them; nothing is kept without any."""
     cell, (rows, hx, weights) = call_of(kind, (4, 4, 2), 5, 9)
-    run = partial(normed_cpu.layer, cell, (4, 4, 2), None, False)
+    run = partial(normed_cpu.layer, cell, (4, 4, 2), None, False, None)
     every = everything(run, rows, hx, weights)[1 + len(hx) :]
     leaves = [t for t in (rows, *hx, *weights) if t is not None]
     for k, wanted in enumerate(every):

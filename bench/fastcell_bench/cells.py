@@ -131,12 +131,13 @@ def python_loop(
 
 def _normed_loop(layer: torch.nn.RNNBase) -> Callable[[torch.Tensor], torch.Tensor]:
     cell, hidden = cell_of(layer), layer.hidden_size
-    (weights,) = normed.split(cell, list(layer.parameters()), True, False)
+    weights: Any = normed.split(cell, list(layer.parameters()), True, False)[0]
 
     def run(x: torch.Tensor) -> torch.Tensor:
         steps, batch, _ = x.shape
         rows, hx = x.flatten(0, 1), [None] * spec_of(cell).states
-        output, _ = normed_composite.layer(cell, [batch] * steps, None, False, rows, hx, *weights)
+        given = cell, [batch] * steps, None, False, None
+        output, _ = normed_composite.layer(*given, rows, hx, *weights)
         return output.view(steps, batch, hidden)
 
     return run

@@ -52,7 +52,7 @@ void bind_cuda(py::module_& module) {
              // A plan may load kernels, for which whoever unpacks them takes the GIL.
              const py::gil_scoped_release release;
              return cuda::choose_plan(
-                 device, cell, products,
+                 device, cuda::cell_facts(cell), products,
                  {backward, steps, batch, hidden, output, directions, projected}, wanted);
            }),
            py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
@@ -139,6 +139,7 @@ void bind_cuda(py::module_& module) {
       },
       py::arg("device"), "What a device offers to a kernel.");
   bind_cuda_trees(module);
+  bind_cuda_normed(module);
 }
 
 }  // namespace fastcell

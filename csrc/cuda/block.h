@@ -52,9 +52,8 @@ struct Block {
         units(sweep.unit_warps * kGroup),
         first_sample(Index(tile) * rows),
         first_unit(Index(rank) * units),
-        layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width,
-               sweep.projected_width, Place::resident, Place::cluster, Groups, kHeld, sizeof(E),
-               sizeof(R)),
+        layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width, sweep.projected_width,
+               Place::resident, Place::cluster, Groups, kHeld, sizeof(E), sizeof(R)),
         // (By the launches before this one: flags count on.)
         published(int(sweep.begin) * (sweep.projected_width ? 2 : 1)) {}
 
@@ -91,7 +90,8 @@ struct Block {
     if (arrived) await();
   }
 
-  // --- pairs --------------------------------------------------------------------------------------
+  // --- pairs
+  // --------------------------------------------------------------------------------------
 
   // Pair i of this thread, if the block has it: sample and unit within the block's.
   FASTCELL_INLINE bool pair(int i, int& row, int& unit) const {
@@ -118,7 +118,8 @@ struct Block {
     }
   }
 
-  // --- products -----------------------------------------------------------------------------------
+  // --- products
+  // -----------------------------------------------------------------------------------
 
   // With what was exchanged in `slot`, by the recurrent weights: the sums of Groups columns per
   // unit. Begins and ends with what the threads of the block must wait for.
@@ -138,7 +139,8 @@ struct Block {
     }
   }
 
-  // --- exchange -----------------------------------------------------------------------------------
+  // --- exchange
+  // -----------------------------------------------------------------------------------
 
   // Where the operand k of a sample (of the block's) lies for the product after this one.
   FASTCELL_INLINE E* to_publish(int slot, int row) const {
@@ -152,9 +154,7 @@ struct Block {
 
   // Says that this block's part, `each` numbers per unit, is written. Between this and await() is
   // time for what needs nothing of the other blocks.
-  FASTCELL_INLINE void publish(int slot, int each) {
-    send(hidden(slot), p.width, each);
-  }
+  FASTCELL_INLINE void publish(int slot, int each) { send(hidden(slot), p.width, each); }
   FASTCELL_INLINE void publish_projected() { send(projected(), p.projected_width, 1); }
 
   // Waits for all blocks of the tile to have published as often as this one, or to have begun.
@@ -211,8 +211,7 @@ struct Block {
     return reinterpret_cast<E*>(shared_memory() + layout.projected);
   }
   FASTCELL_INLINE E* exchanged(int slot) const {
-    return static_cast<E*>(side.exchange) +
-           (Index(slot) * p.tiles + tile) * rows * stride(p.width);
+    return static_cast<E*>(side.exchange) + (Index(slot) * p.tiles + tile) * rows * stride(p.width);
   }
   FASTCELL_INLINE E* exchanged_projected() const {
     return static_cast<E*>(side.exchange_projected) +
@@ -288,9 +287,9 @@ struct Block {
     const char* weights;  // of chunk 0
     if constexpr (Place::resident) {
       const Index left = SharedLayout::each_chunks(p.width, sizeof(E), p.k_warps) - kHeld;
-      weights = shared_memory() + ((Index(own.unit_warp) * p.k_warps + own.k_part) * left -
-                                   own.first - kHeld) *
-                                      (Groups * kChunkWeights);
+      weights = shared_memory() +
+                ((Index(own.unit_warp) * p.k_warps + own.k_part) * left - own.first - kHeld) *
+                    (Groups * kChunkWeights);
     } else {
       weights = packed_at(side.weights, p.width, Groups) + chunk_at(own, 0);
     }

@@ -10,7 +10,8 @@
 //   load16_fresh()                     the same from global memory that other blocks write
 //   load_acquire(), store_release()    a flag between blocks of the device
 //   mma_*()                            one product of the tensor cores
-//   exp_of(), tanh_of(), fma_of()      of float and double
+//   exp_of(), tanh_of(), sqrt_of(), fma_of()
+//                                      of float and double
 #pragma once
 
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)

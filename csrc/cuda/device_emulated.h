@@ -1,9 +1,9 @@
 // device.h as threads of this machine, so that the kernels can be tested without a GPU.
 //
 // A block is one thread of the system, the threads of a block are fibers of it, which give way to
-// each other where they wait. Under ThreadSanitizer nothing orders what two threads do, of one block
-// or of two, but what does so on a GPU: barriers, flags, the begin and the end of a launch. Not the
-// fibers' turns, not that blocks run one after another, not a product of the tensor cores.
+// each other where they wait. Under ThreadSanitizer nothing orders what two threads do, of one
+// block or of two, but what does so on a GPU: barriers, flags, the begin and the end of a launch.
+// Not the fibers' turns, not that blocks run one after another, not a product of the tensor cores.
 #pragma once
 
 #include <atomic>
@@ -33,8 +33,8 @@ namespace emulated {
 
 constexpr int kWarp = 32;
 
-// Waiting of a fixed number of fibers for each other: wait() orders what they did before it and what
-// they do after, meet() does not. wait() is arrive() and, given what that returned, await().
+// Waiting of a fixed number of fibers for each other: wait() orders what they did before it and
+// what they do after, meet() does not. wait() is arrive() and, given what that returned, await().
 struct Barrier {
   std::atomic<int> arrived{0};
   std::atomic<int> passed{0};
@@ -81,9 +81,7 @@ inline int lane() { return thread() % emulated::kWarp; }
 inline int block(int axis) { return this_block().index[axis]; }
 inline char* shared_memory() { return this_block().shared; }
 inline void block_barrier() { this_block().barrier.wait(this_block().threads); }
-inline void warp_barrier() {
-  this_block().warps[thread() / emulated::kWarp].wait(emulated::kWarp);
-}
+inline void warp_barrier() { this_block().warps[thread() / emulated::kWarp].wait(emulated::kWarp); }
 
 inline Bytes16 load16(const void* p) {
   Bytes16 v;
@@ -146,7 +144,8 @@ inline float widen_float16(Bits16 h) {
 // d += a b, fragments as PTX has them; `pair` multiplies what 32 bits hold. The lanes wait for each
 // other, but what they read and write is not ordered by it.
 template <class Pair>
-FASTCELL_UNOBSERVED inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2], const Pair& pair) {
+FASTCELL_UNOBSERVED inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2],
+                                    const Pair& pair) {
   const int warp = thread() / emulated::kWarp;
   auto& lanes = this_block().fragments[warp];
   for (int i = 0; i < 4; ++i) lanes[lane()][i] = a[i];
@@ -186,6 +185,8 @@ inline float exp_of(float x) { return std::exp(x); }
 inline double exp_of(double x) { return std::exp(x); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline double tanh_of(double x) { return std::tanh(x); }
+inline float sqrt_of(float x) { return std::sqrt(x); }
+inline double sqrt_of(double x) { return std::sqrt(x); }
 inline float fma_of(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma_of(double a, double b, double c) { return std::fma(a, b, c); }
 

@@ -57,7 +57,6 @@ FASTCELL_INLINE void store_release(int* p, int v) {
 FASTCELL_INLINE int load_system(const int* p) { return *static_cast<const volatile int*>(p); }
 FASTCELL_INLINE void store_system(int* p, int v) { *static_cast<volatile int*>(p) = v; }
 
-
 #if __CUDA_ARCH__ >= 900
 FASTCELL_INLINE int cluster_rank() {
   Bits32 rank;
@@ -138,6 +137,8 @@ FASTCELL_INLINE float exp_of(float x) { return expf(x); }
 FASTCELL_INLINE double exp_of(double x) { return exp(x); }
 FASTCELL_INLINE float tanh_of(float x) { return tanhf(x); }
 FASTCELL_INLINE double tanh_of(double x) { return ::tanh(x); }
+FASTCELL_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
+FASTCELL_INLINE double sqrt_of(double x) { return __dsqrt_rn(x); }
 FASTCELL_INLINE float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTCELL_INLINE double fma_of(double a, double b, double c) { return __fma_rn(a, b, c); }
 

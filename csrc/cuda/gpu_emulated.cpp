@@ -103,8 +103,8 @@ class Runner {
 #endif
   }
 
-  // Orders all that the block's threads did before what the caller does. (Not before that has a team
-  // another block: two blocks of a launch would be the same threads.)
+  // Orders all that the block's threads did before what the caller does. (Not before that has a
+  // team another block: two blocks of a launch would be the same threads.)
   void end() {
     if (!gone_.load(std::memory_order_acquire)) std::terminate();
     if (team_) teams.give(block_.threads, std::move(team_));
@@ -207,7 +207,8 @@ const EmulatedKernel& kernel_named(const char* name) {
 struct Shared {
   explicit Shared(size_t bytes) : memory(new char[bytes + 128]) {}
   char* aligned() const {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) & ~uintptr_t(127));
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) &
+                                   ~uintptr_t(127));
   }
   std::unique_ptr<char[]> memory;
 };
@@ -262,8 +263,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
   const int total = int(launch.grid[0] * launch.grid[1] * launch.grid[2]);
   const int size = int(launch.cluster);
   if (int(launch.shared) > pretended.shared_per_block || launch.grid[0] % launch.cluster != 0 ||
-      launch.grid[1] > 65535 || launch.grid[2] > 65535 ||
-      size > pretended.max_cluster ||
+      launch.grid[1] > 65535 || launch.grid[2] > 65535 || size > pretended.max_cluster ||
       (launch.cooperative && total > resident_blocks(device, launch))) {
     throw std::runtime_error(std::string("a GPU would refuse this launch of ") + launch.kernel);
   }

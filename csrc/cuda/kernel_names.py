@@ -1,4 +1,4 @@
-"""The kernels: which instances there are of the templates in forward.h, backward.h and tree.h.
+"""The kernels: which instances there are of the templates beside this file.
 
 Used when the extension is built (compile.py), and to make the emulated ones' table:
 
@@ -34,6 +34,8 @@ CELLS = {
 }
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+# With layer normalisation: a product for all of them, and what is behind it.
+NORMED = {"lstm": "NormedLstm", "gru": "NormedGru"}
 # How products are named in Python, what multiplies them, and where besides single steps they exist.
 PRODUCTS = {
     "float64": ("Float64", ()),
@@ -54,9 +56,31 @@ def name(kind: str, cell: str, products: str, place: str) -> str:
     )
 
 
+def exists(products: str, capability: int) -> bool:
+    """Whether there are such tensor cores."""
+    return products not in ("tf32", "bfloat16") or capability >= 80
+
+
+def of_norms(capability: int) -> list[str]:
+    """The kernels of layer normalisation."""
+    found = []
+    for products, (kind, _) in PRODUCTS.items():
+        if not exists(products, capability):
+            continue
+        found.append(f"fastcell::cuda::normed_product<fastcell::cuda::{kind}>")
+        if products == "tf32":  # the rest is that of float32
+            continue
+        found += [
+            f"fastcell::cuda::normed_{which}<fastcell::cuda::{kind}, fastcell::cells::{cell}>"
+            for which in PASSES
+            for cell in NORMED.values()
+        ]
+    return found
+
+
 def names(capability: int) -> list[str]:
     """The kernels for an architecture, such as 90 for 9.0."""
-    return [*of_sequences(capability, CELLS), *of_trees()]
+    return [*of_sequences(capability, CELLS), *of_norms(capability), *of_trees()]
 
 
 def of_trees() -> list[str]:
@@ -79,7 +103,7 @@ def of_sequences(capability: int, cells: Iterable[str]) -> list[str]:
     for kind in PASSES:
         for cell in cells:
             for products, (_, places) in PRODUCTS.items():
-                if products in ("tf32", "bfloat16") and capability < 80:  # no such tensor cores
+                if not exists(products, capability):
                     continue
                 for place in ("Step", *(places if cell in PERSISTENT else ())):
                     if place != "Cluster" or capability >= 90:

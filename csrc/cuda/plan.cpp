@@ -151,11 +151,11 @@ std::string Plan::kernel() const {
          qualified("cuda", kPlaceTypes[int(place)]) + ">";
 }
 
-Plan choose_plan(int device, const std::string& cell, const std::string& products,
-                 const Sizes& sizes, const std::string& wanted) {
+Plan choose_plan(int device, const CellFacts& cell, const std::string& products, const Sizes& sizes,
+                 const std::string& wanted) {
   const Limits limit = limits(device);
   Plan plan{};
-  plan.cell = cell_facts(cell);
+  plan.cell = cell;
   plan.products = products_facts(products);
   plan.sizes = sizes;
   plan.device = device;
@@ -166,7 +166,8 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
                                 std::to_string(limit.capability % 10));
   }
   const int chunk = kChunkBytes / plan.products.element;
-  const int gates_width = up(up(sizes.hidden, kGroup) * (plan.cell.gates - plan.cell.second), chunk);
+  const int gates_width =
+      up(up(sizes.hidden, kGroup) * (plan.cell.gates - plan.cell.second), chunk);
   plan.width = sizes.backward ? gates_width : up(sizes.output, chunk);
   if (sizes.projected)
     plan.projected_width = up(sizes.backward ? sizes.output : sizes.hidden, chunk);
@@ -191,9 +192,9 @@ Plan choose_plan(int device, const std::string& cell, const std::string& product
     }
   }
   if (!found) {
-    throw std::invalid_argument("no plan for " + cell + " with products of " + products +
-                                ", hidden size " + std::to_string(sizes.hidden) + ", batch " +
-                                std::to_string(sizes.batch) +
+    throw std::invalid_argument("no plan for " + std::string(cell.name) + " with products of " +
+                                products + ", hidden size " + std::to_string(sizes.hidden) +
+                                ", batch " + std::to_string(sizes.batch) +
                                 (wanted.empty() ? "" : " in place '" + wanted + "'"));
   }
   return best;

@@ -50,7 +50,7 @@ struct Plan {
   int tiles_at_once;  // of one launch
   int width, projected_width;
   int stride, projected_stride;  // of rows of what is exchanged
-  int shared;   // bytes per block
+  int shared;                    // bytes per block
   int at_once;  // launches of such a layer that the device holds at once; 0: not one as a whole
   double time;  // ns that the model expects
 
@@ -59,7 +59,7 @@ struct Plan {
 
 // The plan that the model of the machine finds fastest; with `wanted` (a place's name, or empty)
 // the fastest of those. Throws std::invalid_argument if there is none.
-Plan choose_plan(int device, const std::string& cell, const std::string& products,
-                 const Sizes& sizes, const std::string& wanted);
+Plan choose_plan(int device, const CellFacts& cell, const std::string& products, const Sizes& sizes,
+                 const std::string& wanted);
 
 }  // namespace fastcell::cuda

@@ -52,8 +52,8 @@ FASTCELL_INLINE Vector<E> as_vector(Bytes16 b) {
 // different quarters of the chunk, and so read different banks.
 template <class T>
 struct Plain {
-  using Element = T;  // as states and weights are stored
-  using Real = T;     // of sums and the cell's maths
+  using Element = T;                 // as states and weights are stored
+  using Real = T;                    // of sums and the cell's maths
   static constexpr int kUnroll = 1;  // of the loop over chunks: loads in flight against code
   static constexpr bool kTensor = false;
 

@@ -20,9 +20,9 @@ constexpr FASTCELL_INLINE int held_chunks(bool resident, bool tensor, int groups
   return !resident || !tensor ? 0 : groups == 1 ? 10 : 16 / groups;
 }
 
-// Numbers from one row of what is exchanged to the next, of rows of `width`. In shared memory, where
-// a cluster has it, a row is an odd number of chunks: the rows that lanes read at the same time then
-// lie in different banks.
+// Numbers from one row of what is exchanged to the next, of rows of `width`. In shared memory,
+// where a cluster has it, a row is an odd number of chunks: the rows that lanes read at the same
+// time then lie in different banks.
 constexpr FASTCELL_INLINE int row_stride(int width, int element, bool cluster) {
   const int chunk = kChunkBytes / element;
   return cluster && width > 0 && width / chunk % 2 == 0 ? width + chunk : width;

@@ -310,6 +310,46 @@ def cuda_limits(device: int) -> dict[str, int]:
     Raises RuntimeError without a driver or such a device.
     """
 
+class CudaNormedPlan:
+    """How a layer with layer normalisation runs on a GPU: csrc/cuda/normed_run.h."""
+
+    def __init__(
+        self,
+        device: int,
+        cell: str,
+        products: str,
+        backward: bool,
+        steps: int,
+        batch: int,
+        hidden: int,
+    ) -> None:
+        """Of one direction and pass; ``cell``: ``"lstm"`` or ``"gru"``.
+
+        Raises ValueError for another, RuntimeError without a driver or such a device.
+        """
+
+    @property
+    def width(self) -> int:
+        """Numbers along k of the recurrent product, with padding."""
+
+    @property
+    def columns(self) -> int:
+        """Of the product, with padding."""
+
+    @property
+    def samples(self) -> int:
+        """Rows of the product, with padding."""
+
+    def run(
+        self,
+        stream: int,
+        reverse: bool,
+        sizes: Sequence[int],
+        weights: int,
+        pointers: Sequence[int],
+    ) -> None:
+        """All steps, of ``sizes`` samples each. ``pointers``: csrc/cuda/normed_bindings.cpp."""
+
 class CudaPlan:
     """How a layer runs on a GPU: csrc/cuda/plan.h."""
 

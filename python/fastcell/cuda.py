@@ -140,7 +140,7 @@ def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: 
     return torch.empty(Reserve(layer, None).bytes, dtype=torch.uint8, device=input.device)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b with sums and result in ``dtype``, the inputs' own or float32."""
     if a.dtype is dtype:
         return a @ b
@@ -303,12 +303,10 @@ class _Sweep:
             pointers.append([pointer(side.get(name)) for name in _SIDE])
             before = first_row * self.layer.gate_stride * self.layer.real.itemsize
             pointers[-1][_SIDE.index("gates")] -= before
-        stream = 0
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device).cuda_stream
         self.plan.run(
-            stream, pointers, self.flags.data_ptr(), pointer(time.offsets), pointer(time.lengths),
-            pointer(extras.reset), pointer(extras.seed), tuple(options_of(self.layer.cell)),
+            stream_of(self.device), pointers, self.flags.data_ptr(), pointer(time.offsets),
+            pointer(time.lengths), pointer(extras.reset), pointer(extras.seed),
+            tuple(options_of(self.layer.cell)),
             index * self.layer.directions, self.layer.gate_stride, y.data_ptr(), pointer(d_y), keep,
             finish, _report(self.device).data_ptr(), _PATIENCE, begin, end,
         )  # fmt: skip
@@ -319,6 +317,11 @@ _SIDE = (
     "exchange", "exchange_projected", "cells", "first_h", "first_c", "cell_output",
     "d_gates", "d_output", "d_cells",
 )  # fmt: skip
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of torch's current stream on a device; 0 where the engine is emulated."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _rows_of(x: Tensor, config: Config, packed: bool) -> Tensor:
@@ -481,11 +484,11 @@ def _input_terms(rows: Tensor, w_ih: Tensor, bias: Tensor | None, to: Tensor) ->
         else:
             torch.addmm(bias, rows, w_ih.t(), out=to)
         return
-    product = _product(rows, w_ih.t(), to.dtype)
+    terms = product(rows, w_ih.t(), to.dtype)
     if bias is None:
-        to.copy_(product)
+        to.copy_(terms)
     else:
-        torch.add(product, bias, out=to)
+        torch.add(terms, bias, out=to)
 
 
 def _result(

@@ -5,18 +5,19 @@ Source: J. Ba, J. Kiros, G. Hinton, "Layer normalization", arXiv:1607.06450 (201
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import normed_composite, normed_cpu, transforms
+from . import cuda, normed_cpu, normed_cuda, transforms
 from .cells import spec_of
-from .cpu import DTYPES
+from .engines import engine_of, why_no_kernels
 from .operators import is_plain
 
 States = tuple[Tensor, ...]
+Run = Callable[..., tuple[Tensor, States]]
 
 
 class Norms(NamedTuple):
@@ -60,12 +61,15 @@ def stack(
     reset: Tensor | None,
     directions: int,
     dropout: float,
+    lengths: Tensor | None,
+    layer: Run,
 ) -> tuple[Tensor, States]:
     """A stack on packed rows (rows, I), of which the first ``sizes[0]`` are step 0, and so on.
 
-    ``hx``: each (L*D, B, .); ``reset``: (rows,). Returns output rows and the final states.
+    ``hx``: each (L*D, B, .); ``reset``: (rows,); ``lengths``: of the samples (B,), where rows are
+    not packed; ``layer``: as :func:`engine` finds it, or that of ``normed_composite``. Returns
+    output rows and the final states.
     """
-    layer = normed_cpu.layer if _has_kernels(rows) else normed_composite.layer
     finals: list[States] = []
     for k in range(0, len(weights), directions):
         if k:
@@ -73,14 +77,19 @@ def stack(
         outputs = []
         for d in range(directions):
             own = [None] * spec_of(cell).states if hx is None else [h[k + d] for h in hx]
-            output, final = layer(cell, sizes, reset, d == 1, rows, own, *weights[k + d])
+            output, final = layer(cell, sizes, reset, d == 1, lengths, rows, own, *weights[k + d])
             outputs.append(output)
             finals.append(final)
         rows = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     return rows, tuple([torch.stack(parts) for parts in zip(*finals, strict=True)])
 
 
-def _has_kernels(rows: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not is_plain(rows):
-        return False
-    return rows.is_cpu and rows.dtype in DTYPES and not transforms.transformed()
+def engine(cell: str, rows: Tensor, projected: bool) -> Run | None:
+    """The kernels' way to run a layer and direction; None where they cannot be called."""
+    if torch.compiler.is_compiling() or not is_plain(rows) or transforms.transformed():
+        return None
+    if why_no_kernels(rows.device) or rows.dtype not in engine_of(rows).DTYPES:
+        return None
+    if engine_of(rows) is not cuda:
+        return normed_cpu.layer
+    return normed_cuda.layer if normed_cuda.has(cell, projected) else None

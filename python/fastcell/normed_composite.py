@@ -33,6 +33,7 @@ def layer(
     sizes: Sequence[int],
     reset: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None,
     rows: Tensor,
     hx: Sequence[Tensor | None],
     w_ih: Tensor,
@@ -45,16 +46,40 @@ def layer(
     norm_hh: Tensor,
     norm_c: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """One layer and direction: output rows and final states. ``hx``: each (B, .), None: zeros."""
+    """One layer and direction: output rows and final states.
+
+    ``hx``: each (B, .), None: zeros; ``lengths``: of the samples, where rows are not packed.
+    """
+    parts = parts_of(cell)
+    terms = norm(linear(rows, w_ih), norm_ih, parts, w_hh.shape[0] // sum(parts))
+    terms = terms if b_ih is None else terms + b_ih
+    given = cell, sizes, reset, reverse, lengths
+    return steps(*given, terms, hx, w_hh, b_hh, projection, parameters, norm_hh, norm_c)
+
+
+def steps(
+    cell: str,
+    sizes: Sequence[int],
+    reset: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None,
+    terms: Tensor,
+    hx: Sequence[Tensor | None],
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    projection: Tensor | None,
+    parameters: Tensor | None,
+    norm_hh: Tensor,
+    norm_c: Tensor | None,
+) -> tuple[Tensor, States]:
+    """The steps alone; ``terms``: the gates' input terms (rows, G*H)."""
     parts, output = parts_of(cell), w_hh.shape[1]
     hidden = w_hh.shape[0] // sum(parts)
-    terms = norm(linear(rows, w_ih), norm_ih, parts, hidden)
-    terms = terms if b_ih is None else terms + b_ih
     given = torch.split(terms, list(sizes))
     anew = None if reset is None else torch.split(reset, list(sizes))
     state: States = tuple(
         [
-            rows.new_zeros((sizes[0], width)) if h is None else h
+            terms.new_zeros((sizes[0], width)) if h is None else h
             for h, width in zip(hx, (output, hidden), strict=False)
         ]
     )
@@ -78,6 +103,10 @@ def layer(
             if projection is not None:
                 new = linear(new[0], projection), new[1]
         outputs[t] = new[0]
+        if lengths is not None:
+            alive = (t < lengths)[:, None]
+            outputs[t] = new[0].where(alive, 0)
+            new = tuple([a.where(alive, s) for a, s in zip(new, state, strict=True)])
         state = tuple([torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True)])
     return torch.cat(outputs), state
 

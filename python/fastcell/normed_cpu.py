@@ -24,11 +24,13 @@ def layer(
     sizes: Sequence[int],
     reset: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None,
     rows: Tensor,
     hx: Sequence[Tensor | None],
     *weights: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As ``normed_composite.layer``."""
+    """As ``normed_composite.layer``; rows whose samples have lengths are packed."""
+    assert lengths is None
     tensors = (rows, *hx, *weights)
     given = cell, tuple(sizes), reset, reverse
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
@@ -179,7 +181,7 @@ class _Layer(Function):
                 count = spec_of(cell).states
                 hx, weights = rest[:count], rest[count:]
                 output, states = normed_composite.layer(
-                    cell, sizes, reset, reverse, x, hx, *weights
+                    cell, sizes, reset, reverse, None, x, hx, *weights
                 )
                 return output, *states
 

@@ -23,12 +23,22 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import composite, operator_checks, operators, transforms, vmap
+from . import (
+    composite,
+    cuda,
+    normed_composite,
+    normed_cuda,
+    operator_checks,
+    operators,
+    transforms,
+    vmap,
+)
 from . import recompute as segments
 from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
+from .normed import engine as normed_engine
 from .normed import split as split_norms
 from .normed import stack as normed_stack
 from .operators import CONFIG_SCHEMA, PLAIN
@@ -249,24 +259,39 @@ def normed(
             "input, initial states and weights must have one dtype and device, got "
             f"{sorted(map(str, dtypes))} on {sorted(map(str, devices))}"
         )
-    if input.dtype in _NARROW:
+    layer = normed_engine(cell, input, projected)
+    if layer is None and input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
         input, hx, weights = _cast(torch.float32, input, hx, weights)
-    if not input.is_cpu and not input.is_meta:
-        _without_kernel(f"layer normalisation on device type '{input.device.type}'")
+        layer = normed_engine(cell, input, projected)
+    if layer is None:
+        missing = why_no_kernels(input.device)
+        if not missing and engine_of(input) is cuda and not normed_cuda.has(cell, projected):
+            missing = "layer normalisation with peepholes, coupled gates or a projection on a GPU"
+        if missing:
+            _without_kernel(missing)
+        layer = normed_composite.layer
     norms = split_norms(cell, weights, bias, projected)
+    lengths = None
+    if input.dim() == 3:
+        lengths, batch_sizes = batch_sizes, None
     if batch_sizes is None:
         timed = input.transpose(0, 1) if batch_first else input
         steps, batch, features = timed.shape
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         sizes = [batch] * steps
+        if lengths is not None:  # whatever stands behind a sample's end
+            alive = torch.arange(steps, device=input.device)[:, None] < lengths
+            timed = timed.where(alive[:, :, None], 0)
         rows = timed.reshape(steps * batch, features)
     else:
         sizes, rows = batch_sizes.tolist(), input
     if reset is not None:
         reset = reset.reshape(-1)
-    output, states = normed_stack(cell, rows, hx, norms, sizes, reset, directions, dropout)
+    output, states = normed_stack(
+        cell, rows, hx, norms, sizes, reset, directions, dropout, lengths, layer
+    )
     if batch_sizes is None:
         output = output.view(steps, batch, output.shape[-1])
         output = output.transpose(0, 1) if batch_first else output

@@ -216,7 +216,7 @@ class Layer {
   void run(const char* place, bool backward, Results<E, R>& to) {
     const Sizes sizes{backward,     kSteps,           case_.batch, case_.hidden,
                       case_.output, case_.directions, projected()};
-    const Plan plan = choose_plan(0, case_.cell, products_, sizes, place);
+    const Plan plan = choose_plan(0, cell_, products_, sizes, place);
     std::vector<Workspace> work;
     int status = 0;
     Sweep sweep{};

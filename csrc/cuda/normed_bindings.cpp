@@ -1,0 +1,93 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "normed_run.h"
+
+namespace py = pybind11;
+
+namespace fastcell {
+namespace {
+
+using cuda::NormedPlan;
+using cuda::NormedStep;
+using Pointer = std::uintptr_t;
+
+template <class T = void>
+T* at(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// The addresses of a step, in the order of NormedStep; 0 for null.
+constexpr size_t kPointers = 23;
+NormedStep step_of(const std::array<Pointer, kPointers>& p) {
+  NormedStep step{};
+  step.lengths = at<const long long>(p[0]);
+  step.reset = at<const unsigned char>(p[1]);
+  step.terms = at(p[2]);
+  step.gain = at(p[3]);
+  step.bias = at(p[4]);
+  step.cell_norm = at(p[5]);
+  step.carry[0] = at(p[6]);
+  step.carry[1] = at(p[7]);
+  step.sums = at(p[8]);
+  step.operand = at(p[9]);
+  step.y = at(p[10]);
+  step.normed = at(p[11]);
+  step.gates = at(p[12]);
+  step.cells = at(p[13]);
+  step.scales = at(p[14]);
+  step.state[0] = at(p[15]);
+  step.state[1] = at(p[16]);
+  step.d_y = at(p[17]);
+  step.d_terms = at(p[18]);
+  step.d_normed = at(p[19]);
+  step.d_sums = at(p[20]);
+  step.d_cell = at(p[21]);
+  step.before = at(p[22]);
+  return step;
+}
+
+}  // namespace
+
+void bind_cuda_normed(py::module_& module) {
+  py::class_<NormedPlan>(module, "CudaNormedPlan", py::module_local(),
+                         "How a layer with layer normalisation runs on a GPU, and its launches.")
+      .def(py::init([](int device, const std::string& cell, const std::string& products,
+                       bool backward, long long steps, long long batch, int hidden) {
+             const py::gil_scoped_release release;
+             return cuda::choose_normed_plan(device, cell, products, backward, steps, batch,
+                                             hidden);
+           }),
+           py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
+           py::arg("steps"), py::arg("batch"), py::arg("hidden"))
+      .def_property_readonly("width", &NormedPlan::width)
+      .def_property_readonly("columns", &NormedPlan::columns)
+      .def_property_readonly("samples", &NormedPlan::samples)
+      .def(
+          "run",
+          [](const NormedPlan& plan, Pointer stream, bool reverse,
+             const std::vector<long long>& sizes, Pointer weights,
+             const std::array<Pointer, kPointers>& pointers) {
+            const auto& planned = plan.product.sizes;
+            if (static_cast<long long>(sizes.size()) != planned.steps || sizes.empty() ||
+                *std::max_element(sizes.begin(), sizes.end()) > planned.batch) {
+              throw std::invalid_argument("run: other steps or samples than planned");
+            }
+            std::vector<int64_t> offsets{0};
+            for (const long long alive : sizes) offsets.push_back(offsets.back() + alive);
+            const Timeline time{planned.steps, planned.batch, offsets.back(), offsets.data()};
+            const NormedStep step = step_of(pointers);
+            py::gil_scoped_release release;
+            cuda::run(plan, step, time, reverse, at(weights), at(stream));
+          },
+          py::arg("stream"), py::arg("reverse"), py::arg("sizes"), py::arg("weights"),
+          py::arg("pointers"));
+}
+
+}  // namespace fastcell

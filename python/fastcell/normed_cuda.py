@@ -1,0 +1,265 @@
+"""Layers with layer normalisation on a GPU: a layer and direction at a time.
+
+The input terms of all steps are one product and one norm, in torch's operations. The steps are
+kernels (csrc/cuda/normed.h), two launches each, all of one call out of C++. Gradients of weights
+are products over the whole sequence again. For derivatives of derivatives the steps run in torch's
+operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import cuda, transforms
+from .autocast import without_autocast
+from .cuda_weights import pack, round_tf32
+from .double_backward import gradients_with_graph
+from .normed_composite import States, norm, parts_of, steps
+from .packing import dense
+
+Given = Sequence[Tensor | None]
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+class Call(NamedTuple):
+    """Of a layer and direction, what is no tensor to be differentiated."""
+
+    cell: str
+    sizes: tuple[int, ...]  # samples of each step
+    reset: Tensor | None
+    reverse: bool
+    lengths: Tensor | None  # of the samples, on the device
+    dtype: torch.dtype
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of sums, norms and states between steps."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+
+def has(cell: str, projected: bool) -> bool:
+    """Whether there are kernels of this cell."""
+    return cell in ("lstm", "gru") and not projected
+
+
+def layer(
+    cell: str,
+    sizes: Sequence[int],
+    reset: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None,
+    rows: Tensor,
+    hx: Sequence[Tensor | None],
+    *weights: Any,
+) -> tuple[Tensor, States]:
+    """As ``normed_composite.layer``, of a cell that there are kernels of."""
+    w_ih, w_hh, b_ih, b_hh, _, _, norm_ih, norm_hh, norm_c = weights
+    reset = None if reset is None else dense(reset)
+    call = Call(cell, tuple(sizes), reset, reverse, lengths, rows.dtype)
+    with without_autocast(rows):
+        sums = _Product.apply(rows, w_ih, call.real)  # type: ignore[no-untyped-call]
+        terms = norm(sums, norm_ih.to(call.real), parts_of(cell), w_hh.shape[1])
+        if b_ih is not None:
+            terms = terms + b_ih.to(call.real)
+        tensors = (terms, *(*hx, None)[:2], w_hh, norm_hh, b_hh, norm_c)
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+            output, *final = _Steps.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            output, final, _ = _forward(call, tensors, keep=False)
+    return output, tuple(final)
+
+
+class _Product(Function):
+    """rows @ weight.t(), with result and sums in another dtype than that of both."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, real: torch.dtype) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return cuda.product(dense(rows), dense(weight).t(), real)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, weight = ctx.saved_tensors
+        with without_autocast(rows):
+            grad = grad.to(rows.dtype)
+            needs = ctx.needs_input_grad
+            return grad @ weight if needs[0] else None, grad.t() @ rows if needs[1] else None, None
+
+
+class _Steps(Function):
+    """(terms, h, c, w_hh, gain, bias, norm_c) -> (output, *final states)."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        output, final, kept = _forward(call, tensors, keep=True)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        # A copy: the caller may change his output in place.
+        ctx.save_for_backward(output.clone(), *kept, *tensors)
+        return output, *final
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        call, needs = ctx.call, ctx.needs_input_grad[1:]
+        kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
+        again = torch.is_grad_enabled() or transforms.transformed()
+        again = again or any([g is not None and _is_legacy_batched(g) for g in grads])
+        with without_autocast(tensors[0]):
+            found = (_differentiable if again else _backward)(call, tensors, kept, grads, needs)
+        return None, *[g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+class _Run:
+    """The launches of a pass: plan, packed weights and what passes from step to step."""
+
+    def __init__(self, call: Call, w_hh: Tensor, backward: bool) -> None:
+        self.call, self.device = call, w_hh.device
+        self.hidden = hidden = w_hh.shape[1]
+        self.batch, index = call.sizes[0], w_hh.device.index or 0
+        products = cuda.products_of(call.dtype, index)
+        self.plan = plan = cuda.device_code.CudaNormedPlan(
+            index, call.cell, products, backward, len(call.sizes), self.batch, hidden
+        )
+        matrix = dense(w_hh).t() if backward else dense(w_hh)
+        self.weights = pack(matrix[None], plan.width, plan.columns, products)
+        self.operand = w_hh.new_zeros((plan.samples, plan.width))
+        self.sums = w_hh.new_empty((self.batch, matrix.shape[0]), dtype=call.real)
+        self.tf32 = products == "tf32"
+
+    def begin(self, given: Given, states: int) -> list[Tensor]:
+        """States, or their gradients, as the steps carry them."""
+        shape, real = (self.batch, self.hidden), self.call.real
+        return [
+            torch.zeros(shape, dtype=real, device=self.device)
+            if t is None
+            else t.to(real, copy=True, memory_format=torch.contiguous_format)
+            for t in given[:states]
+        ]
+
+    def run(self, **tensors: Tensor | None) -> None:
+        """``tensors``: of csrc/cuda/normed_step.h, by name."""
+        tensors |= {
+            "lengths": self.call.lengths, "reset": self.call.reset, "sums": self.sums,
+            "operand": self.operand,
+        }  # fmt: skip
+        pointers = [tensors.get(name) for name in _POINTERS]
+        self.plan.run(
+            cuda.stream_of(self.device), self.call.reverse, self.call.sizes,
+            self.weights.data_ptr(), [0 if t is None else t.data_ptr() for t in pointers],
+        )  # fmt: skip
+
+
+_POINTERS = (
+    "lengths", "reset", "terms", "gain", "bias", "cell_norm", "carry_h", "carry_c", "sums",
+    "operand", "y", "normed", "gates", "cells", "scales", "state_h", "state_c", "d_y", "d_terms",
+    "d_normed", "d_sums", "d_cell", "before",
+)  # fmt: skip
+_KEPT = 5  # output, normed, gates, cells, scales
+_SAVED = 4  # values per unit, of both cells
+
+
+def _reals(call: Call, tensors: Given) -> list[Tensor | None]:
+    """Vectors in the dtype of the cell's maths."""
+    return [None if t is None else dense(t.to(call.real)) for t in tensors]
+
+
+def _forward(
+    call: Call, tensors: Given, keep: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """(output, final states, what the backward pass needs)."""
+    terms, h, c, w_hh, *vectors = tensors
+    assert terms is not None
+    assert w_hh is not None
+    rows, hidden = terms.shape[0], w_hh.shape[1]
+    gain, bias, cell_norm = _reals(call, vectors)
+    states = 1 if cell_norm is None else 2
+    run = _Run(call, w_hh, backward=False)
+    carry = run.begin((h, c), states)
+    run.operand[: run.batch, :hidden] = round_tf32(carry[0]) if run.tf32 else carry[0]
+    y = terms.new_empty((rows, hidden), dtype=call.dtype)
+    kept: list[Tensor | None] = [None] * (_KEPT - 1)
+    if keep:
+        norms = len(parts_of(call.cell)) + states - 1
+        kept = [
+            terms.new_empty(terms.shape),
+            terms.new_empty((rows, _SAVED * hidden)),
+            terms.new_empty((2, rows, hidden)) if states > 1 else None,
+            terms.new_empty((rows, norms)),
+        ]
+    if rows:
+        run.run(
+            terms=dense(terms), gain=gain, bias=bias, cell_norm=cell_norm, carry_h=carry[0],
+            carry_c=carry[1] if states > 1 else None, y=y, normed=kept[0], gates=kept[1],
+            cells=kept[2], scales=kept[3],
+        )  # fmt: skip
+    return y, [state.to(call.dtype) for state in carry], kept
+
+
+def _backward(
+    call: Call, tensors: Given, kept: Given, grads: Given, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``tensors``."""
+    terms, h, c, w_hh, *vectors = tensors
+    assert terms is not None
+    assert w_hh is not None
+    rows, hidden = terms.shape[0], w_hh.shape[1]
+    gain, bias, cell_norm = _reals(call, vectors)
+    states = 1 if cell_norm is None else 2
+    y, normed, gates, cells, scales = kept
+    assert normed is not None
+    run = _Run(call, w_hh, backward=True)
+    carry = run.begin((*grads[1:], None), states)
+    d_terms = torch.empty_like(terms, memory_format=torch.contiguous_format)
+    d_normed = d_terms if states > 1 else torch.empty_like(d_terms)
+    d_sums = torch.empty_like(d_terms, dtype=call.dtype)
+    d_cell = terms.new_empty((rows, hidden)) if states > 1 else None
+    before = w_hh.new_empty((rows, hidden))
+    if rows:
+        run.run(
+            gain=gain, bias=bias, cell_norm=cell_norm, carry_h=carry[0],
+            carry_c=carry[1] if states > 1 else None, y=y, normed=normed, gates=gates,
+            cells=cells, scales=scales, state_h=None if h is None else dense(h),
+            state_c=None if c is None else dense(c.to(call.real)),
+            d_y=None if grads[0] is None else dense(grads[0]), d_terms=d_terms, d_normed=d_normed,
+            d_sums=d_sums, d_cell=d_cell, before=before,
+        )  # fmt: skip
+        # What the last step to run makes of the first states has been multiplied, and not added.
+        last = call.sizes[-1 if call.reverse else 0]
+        carry[0][:last] += run.sums[:last]
+    d_states = [
+        None if t is None else d.to(call.dtype) for t, d in zip((h, c), carry, strict=False)
+    ]
+    d_w_hh = d_sums.t() @ before if needs[3] else None
+    d_gain = (d_normed * normed).sum(0) if needs[4] else None
+    d_bias = d_normed.sum(0) if needs[5] else None
+    d_norm_c = None
+    if d_cell is not None and needs[6]:
+        assert cells is not None
+        d_norm_c = torch.stack(((d_cell * cells[1]).sum(0), d_cell.sum(0)))
+    vectors = [None if d is None else d.to(call.dtype) for d in (d_gain, d_bias, d_norm_c)]
+    return [d_terms, *(*d_states, None)[:2], d_w_hh, *vectors]
+
+
+def _differentiable(
+    call: Call, tensors: Given, _: Given, grads: Given, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same with a graph of their own, of the steps once more."""
+
+    def outputs_of(*own: Tensor | None) -> Sequence[Tensor]:
+        terms, h, c, w_hh, gain, bias, norm_c = [
+            None if t is None else t.to(call.real) for t in own
+        ]
+        assert terms is not None
+        assert w_hh is not None
+        assert gain is not None
+        hx = (h, c)[: 1 if norm_c is None else 2]
+        given = call.cell, call.sizes, call.reset, call.reverse, call.lengths
+        output, states = steps(*given, terms, hx, w_hh, bias, None, None, gain, norm_c)
+        return [t.to(call.dtype) for t in (output, *states)]
+
+    return gradients_with_graph(outputs_of, tensors, grads, needs)

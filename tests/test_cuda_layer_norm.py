@@ -1,0 +1,313 @@
+"""Layer normalisation on CUDA devices: the kernels (csrc/cuda/normed.h) and the layers above them.
+
+On a GPU where there is one, and emulated in any case, as in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastcell
+from emulation_build import emulated
+from fastcell import normed, normed_cuda, ops, reference
+from support import assert_equal_bits
+from tolerances import eps_of
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+KINDS = ("LSTM", "GRU")
+FORMS = ("padded", "packed", "lengths")
+
+
+class Sizes(NamedTuple):
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """Falling, from all steps to few, one at least."""
+        return (self.T - torch.arange(self.B) * self.T // self.B).clamp(min=1)
+
+
+class Problem:
+    """A stack with norms that do something of their own, its input, and its results' gradients."""
+
+    def __init__(
+        self, kind: str, sizes: Sizes, form: str = "padded", *, layers: int = 1,
+        directions: int = 1, bias: bool = True, given: bool = True, reset: bool = False,
+    ) -> None:  # fmt: skip
+        self.kind, self.sizes, self.form, self.bias = kind, sizes, form, bias
+        self.layers, self.directions, self.cell = layers, directions, kind.lower()
+        generator = torch.Generator().manual_seed(3)
+        steps, batch, features, hidden = sizes
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*shape, dtype=F64, generator=generator)
+
+        wide = (4 if kind == "LSTM" else 3) * hidden
+        self.weights: list[Tensor] = []
+        for layer in range(layers):
+            width = features if layer == 0 else directions * hidden
+            for _ in range(directions):
+                self.weights += [draw(wide, width), draw(wide, hidden)]
+                self.weights += [draw(wide, scale=0.3) for _ in range(2 * bias)]
+                self.weights += [1 + draw(wide, scale=0.3) for _ in range(2)]
+                if kind == "LSTM":
+                    self.weights.append(torch.stack((1 + draw(hidden), draw(hidden))))
+        self.lengths = sizes.lengths
+        rows = (int(self.lengths.sum()),) if form == "packed" else (steps, batch)
+        states = 2 if kind == "LSTM" else 1
+        self.hx = [draw(layers * directions, batch, hidden) for _ in range(states if given else 0)]
+        self.x = draw(*rows, features)
+        self.d_output = draw(*rows, directions * hidden)
+        self.d_states = [draw(layers * directions, batch, hidden) for _ in range(states)]
+        self.reset = torch.rand(rows, generator=generator) < 0.25 if reset else None
+
+    def run(self, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """Output, final states and the gradients of all that was given."""
+        given = (self.x, *self.hx, *self.weights)
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in given]
+        x, hx, weights = leaves[0], leaves[1 : 1 + len(self.hx)], leaves[1 + len(self.hx) :]
+        sizes = None
+        if self.form == "packed":
+            sizes = (torch.arange(self.sizes.T)[:, None] < self.lengths).sum(1)
+        elif self.form == "lengths":
+            sizes = self.lengths.to(device)
+        output, states = ops.normed(
+            self.cell, x, hx or None, weights, sizes,
+            None if self.reset is None else self.reset.to(device), bias=self.bias,
+            directions=self.directions, batch_first=False, dropout=0.0,
+        )  # fmt: skip
+        grads = [g.to(device, dtype) for g in (self.d_output, *self.d_states)]
+        torch.autograd.backward([output, *states], grads)
+        assert output.dtype is dtype
+        gradients = [leaf.grad for leaf in leaves]
+        return [t.detach().cpu() for t in (output, *states, *gradients) if t is not None]
+
+    def rounded(self, dtype: torch.dtype) -> Problem:
+        """The same of numbers that a dtype has, in float64."""
+        other = copy.copy(self)
+        for name in ("x", "d_output"):
+            setattr(other, name, getattr(self, name).to(dtype).double())
+        for name in ("hx", "weights", "d_states"):
+            setattr(other, name, [t.to(dtype).double() for t in getattr(self, name)])
+        return other
+
+
+def in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+    """The same in torch's operations on the CPU, each of which rounds to ``dtype``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "kernels_run", lambda *_: False)
+        patch.setattr(normed, "kernels_run", lambda *_: False)
+        patch.setattr(ops, "_NARROW", ())
+        return problem.run(dtype, "cpu")
+
+
+def by_reference(problem: Problem) -> list[np.ndarray]:
+    """The same of the NumPy reference, as exactly as it can: one layer, one direction, padded."""
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_ih", "norm_hh", "norm_c"]
+    w = dict(zip(names, [wide(t) for t in problem.weights], strict=False))
+    hx = [wide(t[0]) for t in problem.hx]
+    output, final, tape = reference.normed.forward(problem.cell, wide(problem.x), hx, w)
+    d_states = [wide(t[0]) for t in problem.d_states]
+    d_x, d_hx, d_w = reference.normed.backward(
+        problem.cell, tape, w, wide(problem.d_output), d_states
+    )
+    return [output, *[f[None] for f in final], d_x, *[d[None] for d in d_hx], *d_w.values()]
+
+
+def wide(t: Tensor) -> np.ndarray:
+    return t.double().numpy().astype(np.longdouble)
+
+
+def check(
+    problem: Problem, dtype: torch.dtype, device: str, exact: list[np.ndarray] | None = None
+) -> None:
+    """Runs the kernels, and holds them against ``exact`` or torch's operations in float64.
+
+    A norm's error depends on the numbers: it divides by their spread. So it may be a few times what
+    torch's operations make of the same numbers in the same dtype, of the results or of gradients.
+    """
+    if exact is None:
+        exact = [wide(t) for t in in_torch(problem.rounded(dtype), F64)]
+    usual = in_torch(problem, dtype)
+    found = problem.run(dtype, device)
+    assert len(found) == len(exact) == len(usual)
+    results = 1 + len(problem.d_states)
+    errors = [abs(wide(t) - b).max() for t, b in zip(usual, exact, strict=True)]
+    allowed = [max(errors[:results])] * results + [max(errors[results:])] * len(errors[results:])
+    for i, (a, b, most) in enumerate(zip(found, exact, allowed, strict=True)):
+        assert a.dtype is dtype
+        assert a.shape == b.shape
+        error = abs(wide(a) - b).max()
+        assert error <= 4 * most + 4 * eps_of(dtype) * abs(b).max(), f"value {i}"
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ran as kernels: the name of the cell and the pass of each call."""
+    found: list[str] = []
+    run = normed_cuda._Run.run
+
+    def counted(self, **tensors):
+        found.append(f"{self.call.cell} {'backward' if 'd_terms' in tensors else 'forward'}")
+        run(self, **tensors)
+
+    monkeypatch.setattr(normed_cuda._Run, "run", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(4, 3, 2, 1), Sizes(1, 1, 3, 5), Sizes(5, 19, 6, 37), Sizes(3, 2, 4, 300)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_the_reference(kind, dtype, sizes, device, launches):
+    """One unit, one step, several tiles and blocks, more units than a block has threads."""
+    problem = Problem(kind, sizes)
+    check(problem, dtype, device, by_reference(problem.rounded(dtype)))
+    assert launches == [f"{problem.cell} forward", f"{problem.cell} backward"]
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(F32, True), (F32, False), (BF16, True)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_of_input(kind, form, dtype, given, device, launches):
+    """Layers, directions, resets; without biases where no states are given."""
+    sizes = Sizes(4, 4, 3, 9)
+    problem = Problem(
+        kind, sizes, form, layers=2, directions=2, bias=given, given=given, reset=True
+    )
+    check(problem, dtype, device)
+    assert len(launches) == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tiles(kind, form, device):
+    """Of samples that end at different steps."""
+    check(Problem(kind, Sizes(4, 70, 3, 11), form, directions=2, reset=True), F32, device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf32(kind, device):
+    """Operands of the recurrent product rounded to the mantissa of float16."""
+    problem = Problem(kind, Sizes(4, 5, 3, 40))
+    exact, usual = in_torch(problem, F64), in_torch(problem, F16)
+    full = problem.run(F32, device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        found = problem.run(F32, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert not torch.equal(found[0], full[0])
+    for a, b, c in zip(found, exact, usual, strict=True):
+        assert (a - b).abs().max() <= (c - b).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_its_end_a_sample_is_not_looked_at(kind, device):
+    """Whatever stands there; with a length of zero its states stay."""
+    problem = Problem(kind, Sizes(5, 4, 3, 7), "lengths", directions=2)
+    problem.lengths = torch.tensor([2, 5, 0, 4])
+    clean = problem.run(F64, device)
+    beyond = torch.arange(5)[:, None] >= problem.lengths
+    problem.x[beyond] = torch.nan
+    for a, b in zip(problem.run(F64, device), clean, strict=True):
+        assert_equal_bits(a, b)
+    assert not clean[0][beyond].any()
+    for given, final in zip(problem.hx, clean[1:], strict=False):
+        assert torch.equal(given[:, 2], final[:, 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_has_the_same_bits_beside_others(kind, device):
+    """In a batch whose product is shared out between warps in the same way."""
+    problem = Problem(kind, Sizes(5, 13, 4, 50))
+    terms = torch.randn(5 * 13, len(problem.weights[0]), device=device)
+    _, w_hh, _, b_hh, _, g_hh, *norm_c = [w.float().to(device) for w in problem.weights]
+    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
+
+    def run(terms, samples):
+        call = normed_cuda.Call(problem.cell, (samples,) * 5, None, False, None, F32)
+        return normed_cuda._forward(call, (terms, None, None, *rest), keep=False)[0]
+
+    every = run(terms, 13).view(5, 13, 50)
+    for b in (0, 7, 12):
+        assert_equal_bits(run(terms.view(5, 13, -1)[:, b].contiguous(), 1), every[:, b])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind, bias, device):
+    torch.manual_seed(2)
+    layer = getattr(fastcell, kind)(2, 3, layer_norm=True, bias=bias).to(device, F64)
+    x = torch.randn(2, 1, 2, dtype=F64, device=device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_of_16_bits_with_lengths(kind, device):
+    """Their dtypes, and that the graph is whole."""
+    problem = Problem(kind, Sizes(4, 3, 2, 5), "lengths", reset=True)
+    x, *rest = [t.to(device, BF16).requires_grad_() for t in (problem.x, *problem.weights)]
+    output, _ = ops.normed(
+        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, directions=1,
+        batch_first=False, dropout=0.0,
+    )  # fmt: skip
+    first = torch.autograd.grad(output.float().square().sum(), [x, *rest], create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), [x, *rest])
+    assert all(g.dtype is BF16 and g.isfinite().all() and g.any() for g in second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_cells_and_functions(kind, device, launches):
+    """No warning, the caller's own output, and no gradient where none is wanted."""
+    layer = getattr(fastcell, kind)(3, 6, layer_norm=True, device=device)
+    cell = getattr(fastcell, f"{kind}Cell")(3, 6, layer_norm=True, device=device)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x = torch.randn(4, 2, 3, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output, final = layer(x)
+        wanted = torch.autograd.grad(output.relu().sum(), layer.weight_hh_l0, retain_graph=True)
+        own = output.clone()
+        output.relu_().sum().backward()
+    assert torch.equal(layer.weight_hh_l0.grad, wanted[0])
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], own)
+        run = getattr(fastcell.functional, kind.lower())
+        assert torch.equal(run(x, None, list(layer.parameters()), layer_norm=True)[0], own)
+        step = cell(x[0])
+        for t in range(1, 4):
+            step = cell(x[t], step)
+    for a, b in zip(step if kind == "LSTM" else (step,), final, strict=False):
+        torch.testing.assert_close(a, b[0] if kind == "LSTM" else b)
+    assert layer(torch.zeros(2, 0, 3, device=device))[0].shape == (2, 0, 6)
+    assert len(launches) == 1 + 2 + 2 + 4
+    frozen = getattr(fastcell, kind)(3, 6, layer_norm=True, device=device).requires_grad_(False)
+    assert not frozen(x)[0].requires_grad
+    assert torch.autograd.grad(frozen(x.requires_grad_())[0].sum(), x)[0].any()
+
+
+def test_what_the_kernels_refuse():
+    plan = emulated().CudaNormedPlan
+    with pytest.raises(ValueError, match="no CUDA kernels for normalised cell rnn"):
+        plan(0, "rnn", "float32", False, 1, 1, 1)
+    with pytest.raises(ValueError, match="no CUDA kernels for products of float8"):
+        plan(0, "lstm", "float8", False, 1, 1, 1)
+    with pytest.raises(ValueError, match="other steps or samples than planned"):
+        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 23)
