@@ -20,6 +20,7 @@
 #include "cuda/build_info.h"
 #include "huge_pages.h"
 #include "normed_bindings.h"
+#include "pointers.h"
 #include "reservoir_bindings.h"
 #include "small_call.h"
 #include "tree_bindings.h"
@@ -28,8 +29,6 @@ namespace py = pybind11;
 
 namespace fastcell {
 namespace {
-
-using Pointer = std::uintptr_t;
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -40,11 +39,6 @@ const Kernels& kernels() {
     return *found;
   }();
   return chosen;
-}
-
-template <class T = void>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
 }
 
 std::vector<const void*> as_pointers(const std::vector<Pointer>& from) {

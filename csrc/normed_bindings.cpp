@@ -8,18 +8,12 @@
 
 #include "cpu/normed_table.h"
 #include "huge_pages.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 
 namespace fastcell {
 namespace {
-
-using Pointer = std::uintptr_t;
-
-template <class T = void>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
 
 // A layer of one direction at its sizes.
 class BoundNormed {

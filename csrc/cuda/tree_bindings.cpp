@@ -3,6 +3,7 @@
 #include <array>
 #include <string>
 
+#include "../pointers.h"
 #include "bindings.h"
 #include "tree_run.h"
 
@@ -11,36 +12,29 @@ namespace py = pybind11;
 namespace fastcell {
 namespace {
 
-using Pointer = std::uintptr_t;
-
-template <class T = void>
-T* at(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
-
 // The members of TreeLevel that are addresses, in their order; 0 for null.
 constexpr size_t kLevelPointers = 22;
 cuda::TreeLevel level_of(const std::array<Pointer, kLevelPointers>& p) {
   using Numbers = const long long;
   cuda::TreeLevel level{};
-  level.forest = {at<Numbers>(p[0]), at<Numbers>(p[1]), at<Numbers>(p[2]),
-                  at<Numbers>(p[3]), at<Numbers>(p[4]), at<Numbers>(p[5])};
-  level.terms = at(p[6]);
-  level.h = at(p[7]);
-  level.c = at(p[8]);
-  level.gates = at(p[9]);
-  level.forget = at(p[10]);
-  level.seen = at(p[11]);
-  level.edge_seen = at(p[12]);
-  level.products = at(p[13]);
-  level.d_h = at(p[14]);
-  level.d_c = at(p[15]);
-  level.d_terms = at(p[16]);
-  level.d_products = at(p[17]);
-  level.d_forget = at(p[18]);
-  level.d_edge_c = at(p[19]);
-  level.d_seen = at(p[20]);
-  level.d_edge_seen = at(p[21]);
+  level.forest = {as<Numbers>(p[0]), as<Numbers>(p[1]), as<Numbers>(p[2]),
+                  as<Numbers>(p[3]), as<Numbers>(p[4]), as<Numbers>(p[5])};
+  level.terms = as(p[6]);
+  level.h = as(p[7]);
+  level.c = as(p[8]);
+  level.gates = as(p[9]);
+  level.forget = as(p[10]);
+  level.seen = as(p[11]);
+  level.edge_seen = as(p[12]);
+  level.products = as(p[13]);
+  level.d_h = as(p[14]);
+  level.d_c = as(p[15]);
+  level.d_terms = as(p[16]);
+  level.d_products = as(p[17]);
+  level.d_forget = as(p[18]);
+  level.d_edge_c = as(p[19]);
+  level.d_seen = as(p[20]);
+  level.d_edge_seen = as(p[21]);
   return level;
 }
 
@@ -60,12 +54,12 @@ void bind_cuda_trees(py::module_& module) {
                           backward,
                           again,
                           levels,
-                          at<const long long>(level_offsets),
-                          at<const long long>(level_edges),
+                          as<const long long>(level_offsets),
+                          as<const long long>(level_edges),
                           level_of(pointers),
-                          at(weights),
-                          at(edge_weights),
-                          at(stream)};
+                          as(weights),
+                          as(edge_weights),
+                          as(stream)};
         run.level.hidden = hidden;
         run.level.positions = positions;
         run.level.sums = sums;
