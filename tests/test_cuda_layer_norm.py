@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastcell
 from emulation_build import emulated
-from fastcell import normed, normed_cuda, ops, reference
+from fastcell import normed_cuda, ops, reference
 from support import assert_equal_bits
 from tolerances import eps_of
 
@@ -86,7 +86,7 @@ class Problem:
         output, states = ops.normed(
             self.cell, x, hx or None, weights, sizes,
             None if self.reset is None else self.reset.to(device), bias=self.bias,
-            directions=self.directions, batch_first=False, dropout=0.0,
+            projected=False, directions=self.directions, batch_first=False, dropout=0.0,
         )  # fmt: skip
         grads = [g.to(device, dtype) for g in (self.d_output, *self.d_states)]
         torch.autograd.backward([output, *states], grads)
@@ -107,8 +107,7 @@ class Problem:
 def in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     """The same in torch's operations on the CPU, each of which rounds to ``dtype``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "kernels_run", lambda *_: False)
-        patch.setattr(normed, "kernels_run", lambda *_: False)
+        patch.setattr(ops, "normed_engine", lambda *_: None)
         patch.setattr(ops, "_NARROW", ())
         return problem.run(dtype, "cpu")
 
@@ -265,8 +264,8 @@ def test_second_derivatives_of_16_bits_with_lengths(kind, device):
     problem = Problem(kind, Sizes(4, 3, 2, 5), "lengths", reset=True)
     x, *rest = [t.to(device, BF16).requires_grad_() for t in (problem.x, *problem.weights)]
     output, _ = ops.normed(
-        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, directions=1,
-        batch_first=False, dropout=0.0,
+        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, projected=False,
+        directions=1, batch_first=False, dropout=0.0,
     )  # fmt: skip
     first = torch.autograd.grad(output.float().square().sum(), [x, *rest], create_graph=True)
     second = torch.autograd.grad(sum(g.float().square().sum() for g in first), [x, *rest])

@@ -45,7 +45,7 @@ def exact_products(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(cuda, "_product", lambda a, b, dtype: (a.double() @ b.double()).to(dtype))
+    monkeypatch.setattr(cuda, "product", lambda a, b, dtype: (a.double() @ b.double()).to(dtype))
 
 
 @contextmanager
