@@ -51,7 +51,7 @@ def direction(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """As ``normed.direction``."""
-    reset = None if reset is None else dense(reset)
+    reset, lengths = (None if t is None else dense(t) for t in (reset, lengths))
     call = Call(cell, tuple(sizes), reset, reverse, lengths, rows.dtype)
     states = (None, None) if hx is None else (*hx, None)[:2]
     with without_autocast(rows):
@@ -94,13 +94,14 @@ class _Steps(Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         # A copy: the caller may change his output in place.
-        ctx.save_for_backward(output.clone(), *kept, *tensors)
+        ctx.save_for_backward(call.reset, call.lengths, output.clone(), *kept, *tensors)
         return output, *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        call, needs = ctx.call, ctx.needs_input_grad[1:]
-        kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
+        reset, lengths, *saved = ctx.saved_tensors  # which refuses what has been changed
+        call, needs = ctx.call._replace(reset=reset, lengths=lengths), ctx.needs_input_grad[1:]
+        kept, tensors = saved[:_KEPT], saved[_KEPT:]
         again = torch.is_grad_enabled() or transforms.transformed()
         again = again or any([g is not None and _is_legacy_batched(g) for g in grads])
         with without_autocast(tensors[0]):
