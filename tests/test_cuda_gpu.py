@@ -92,6 +92,45 @@ def test_device_lengths_do_not_wait_for_the_device():
     torch.testing.assert_close(h_n, h)
 
 
+@pytest.mark.parametrize("kind", [fastcell.LSTM, fastcell.GRU])
+def test_layer_norm_in_a_graph_and_without_waiting(kind):
+    """A training step with lengths and resets on the device, beside one in float64 on the CPU."""
+    layer = kind(16, 64, layer_norm=True, bidirectional=True, device=GPU)
+    x = torch.randn(20, 8, 16, device=GPU, requires_grad=True)
+    lengths = torch.randint(1, 21, (8,), device=GPU)
+    reset = torch.rand(20, 8, device=GPU) < 0.1
+    leaves = [x, *layer.parameters()]
+
+    def step():
+        output, _ = layer(x, lengths=lengths, reset=reset)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        lengths.copy_(lengths.flip(0))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
+    cpu = kind(16, 64, layer_norm=True, bidirectional=True, dtype=torch.float64)
+    cpu.load_state_dict(layer.state_dict())
+    output, _ = cpu(x.detach().cpu().double(), lengths=lengths.cpu(), reset=reset.cpu())
+    torch.testing.assert_close(captured[0].cpu().double(), output, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["step", "cluster"])
 def test_layers_at_the_same_time(place):
     """Beside one after another; on a side stream, without waiting; in a graph."""
@@ -247,6 +286,9 @@ def test_compute_sanitizer_reports_nothing(tool):
                     x = torch.randn(4, 19, 5, device="cuda", dtype=dtype)
                     with fastcell.cuda.choose_engine(place):
                         layer(x)[0].sum().backward()
+        for kind in (fastcell.LSTM, fastcell.GRU):
+            layer = kind(5, 300, layer_norm=True, device="cuda")
+            layer(torch.randn(4, 19, 5, device="cuda"))[0].sum().backward()
         torch.cuda.synchronize()
         print("ran")
     """

@@ -59,7 +59,7 @@ def layer(
 ) -> tuple[Tensor, States]:
     """As ``normed_composite.layer``, of a cell that there are kernels of."""
     w_ih, w_hh, b_ih, b_hh, _, _, norm_ih, norm_hh, norm_c = weights
-    reset = None if reset is None else dense(reset)
+    reset, lengths = (None if t is None else dense(t) for t in (reset, lengths))
     call = Call(cell, tuple(sizes), reset, reverse, lengths, rows.dtype)
     with without_autocast(rows):
         sums = _Product.apply(rows, w_ih, call.real)  # type: ignore[no-untyped-call]
@@ -100,13 +100,14 @@ class _Steps(Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         # A copy: the caller may change his output in place.
-        ctx.save_for_backward(output.clone(), *kept, *tensors)
+        ctx.save_for_backward(call.reset, call.lengths, output.clone(), *kept, *tensors)
         return output, *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        call, needs = ctx.call, ctx.needs_input_grad[1:]
-        kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
+        reset, lengths, *saved = ctx.saved_tensors  # which refuses what has been changed
+        call, needs = ctx.call._replace(reset=reset, lengths=lengths), ctx.needs_input_grad[1:]
+        kept, tensors = saved[:_KEPT], saved[_KEPT:]
         again = torch.is_grad_enabled() or transforms.transformed()
         again = again or any([g is not None and _is_legacy_batched(g) for g in grads])
         with without_autocast(tensors[0]):

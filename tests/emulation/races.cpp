@@ -6,8 +6,8 @@
 // acquire, a relaxed release, a flag set before the barrier; no cluster barrier where h is sent or
 // at the begin, or the block's in its place; one slot of the exchange for reading and writing, in
 // each pass and place; waiting for one publication too few, for one's own flag alone, not at all
-// before the projection. Not reported: no cluster barrier at the end, since the emulated blocks'
-// shared memory lives on after them.
+// before the projection; no barrier before, or after, the rows of a norm's sums. Not reported: no
+// cluster barrier at the end, since the emulated blocks' shared memory lives on after them.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cuda/gpu_emulated.h"
+#include "cuda/normed_run.h"
 #include "cuda/products.h"
 #include "cuda/run.h"
 
@@ -89,8 +90,7 @@ class Layer {
     }
     for (long long t = 0; t < kSteps; ++t) {
       const auto alive = [&](long long length) { return length > t; };
-      offsets_.push_back(offsets_.back() +
-                         std::count_if(lengths_.begin(), lengths_.end(), alive));
+      offsets_.push_back(offsets_.back() + std::count_if(lengths_.begin(), lengths_.end(), alive));
     }
     rows_ = size_t(offsets_.back());
     const size_t batch = size_t(sizes.batch);
@@ -326,6 +326,71 @@ void test(const Case& sizes, const char* products, double tolerance) {
   }
 }
 
+// A layer with layer normalisation, both passes. What it finds is finite, whatever lay in memory;
+// test_cuda_layer_norm.py says whether it is right.
+template <class P>
+void test_normed(const char* cell, const char* products) {
+  using E = typename P::Element;
+  using R = typename P::Real;
+  emulated::pretend({90, 1, 227 << 10, true, 16});
+  constexpr int kHidden = 37;
+  constexpr long long kBatch = 3;
+  const bool lstm = std::string(cell) == "lstm";
+  const size_t wide = (lstm ? 4 : 3) * kHidden, units = kHidden, batch = kBatch;
+  const size_t rows = kSteps * batch, norms = 2;
+  const auto terms = random<R>(rows * wide, 1), gain = random<R>(wide, 1);
+  const auto bias = random<R>(wide, 1), cell_norm = random<R>(2 * units, 1);
+  const auto d_y = random<E>(rows * units, 1);
+  auto y = unwritten<E>(rows * units), d_sums = unwritten<E>(rows * wide), before = y;
+  auto normed = unwritten<R>(rows * wide), gates = unwritten<R>(rows * 4 * units);
+  auto cells = unwritten<R>(2 * rows * units), scales = unwritten<R>(rows * norms);
+  auto d_terms = normed, d_normed = normed, d_cell = unwritten<R>(rows * units);
+  std::vector<unsigned char> reset;
+  for (size_t row = 0; row < rows; ++row) reset.push_back(generator() % 4 == 0);
+  NormedStep step{};
+  step.reset = reset.data();
+  step.terms = terms.data();
+  step.gain = gain.data();
+  step.bias = bias.data();
+  step.cell_norm = cell_norm.data();
+  step.y = y.data();
+  step.normed = normed.data();
+  step.gates = gates.data();
+  step.cells = lstm ? cells.data() : nullptr;
+  step.scales = scales.data();
+  step.d_y = d_y.data();
+  step.d_terms = d_terms.data();
+  step.d_normed = d_normed.data();
+  step.d_sums = d_sums.data();
+  step.d_cell = d_cell.data();
+  step.before = before.data();
+  for (const bool backward : {false, true}) {
+    const NormedPlan plan =
+        choose_normed_plan(0, cell, products, backward, kSteps, kBatch, kHidden);
+    const auto weights = random<E>(size_t(plan.columns() * plan.width()), 0.1);
+    std::vector<E> operand(size_t(plan.samples() * plan.width()));
+    auto sums = unwritten<R>(batch * (backward ? units : wide));
+    std::vector<R> h(batch * units), c(batch * units);
+    step.carry[0] = h.data();
+    step.carry[1] = c.data();
+    step.sums = sums.data();
+    step.operand = operand.data();
+    const fastcell::Timeline time{kSteps, kBatch, int64_t(rows), nullptr};
+    fastcell::cuda::run(plan, step, time, false, weights.data(), nullptr);
+    const auto finite = [](const auto& some) {
+      return std::all_of(some.begin(), some.end(),
+                         [](auto x) { return std::isfinite(double(widen(x))); });
+    };
+    ++passes;
+    if (finite(h) && finite(c) && finite(y) &&
+        (!backward || (finite(sums) && finite(d_terms) && finite(d_normed) && finite(d_sums)))) {
+      continue;
+    }
+    ++failures;
+    std::printf("normed %s, %s, %s\n", cell, products, backward ? "backward" : "forward");
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -352,6 +417,13 @@ int main(int count, char** arguments) {
     test<Tf32>(sizes, "tf32", 4e-3);
     test<Brain>(sizes, "bfloat16", 3e-2);
     test<Half>(sizes, "float16", 4e-3);
+  }
+  for (const char* cell : {"lstm", "gru"}) {
+    test_normed<Float64>(cell, "float64");
+    test_normed<Float32>(cell, "float32");
+    test_normed<Tf32>(cell, "tf32");
+    test_normed<Brain>(cell, "bfloat16");
+    test_normed<Half>(cell, "float16");
   }
   std::printf("%d passes, %d failures\n", passes, failures);
   return failures ? 1 : 0;
