@@ -35,7 +35,13 @@ CELLS = {
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 # With layer normalisation: a product for all of them, and what is behind it.
-NORMED = {"lstm": "NormedLstm", "gru": "NormedGru"}
+NORMED = {
+    "lstm": "NormedLstm",
+    "lstm_peephole": "NormedLstmPeephole",
+    "lstm_coupled": "NormedLstmCoupled",
+    "lstm_coupled_peephole": "NormedLstmCoupledPeephole",
+    "gru": "NormedGru",
+}
 # How products are named in Python, what multiplies them, and where besides single steps they exist.
 PRODUCTS = {
     "float64": ("Float64", ()),

@@ -19,7 +19,7 @@ using cuda::NormedPlan;
 using cuda::NormedStep;
 
 // The addresses of a step, in the order of NormedStep; 0 for null.
-constexpr size_t kPointers = 23;
+constexpr size_t kPointers = 25;
 NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   NormedStep step{};
   step.lengths = as<const long long>(p[0]);
@@ -45,6 +45,8 @@ NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   step.d_sums = as(p[20]);
   step.d_cell = as(p[21]);
   step.before = as(p[22]);
+  step.parameters = as(p[23]);
+  step.d_parameters = as(p[24]);
   return step;
 }
 

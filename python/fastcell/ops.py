@@ -267,7 +267,7 @@ def normed(
     if layer is None:
         missing = why_no_kernels(input.device)
         if not missing and engine_of(input) is cuda and not normed_cuda.has(cell, projected):
-            missing = "layer normalisation with peepholes, coupled gates or a projection on a GPU"
+            missing = "layer normalisation with a projection on a GPU"
         if missing:
             _without_kernel(missing)
         layer = normed_composite.layer
