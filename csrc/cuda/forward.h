@@ -67,9 +67,9 @@ FASTCELL_INLINE bool begins_anew(const Sweep& p, Index row) { return p.reset && 
 template <class Block>
 FASTCELL_INLINE typename Block::R factor_of(const Block& block,
                                             const Pair<typename Block::R>& pair) {
-  const auto* factors = static_cast<const typename Block::E*>(block.side.factors);
+  const auto* factors = static_cast<const typename Block::R*>(block.side.factors);
   if (!factors) return 1;
-  return widen(factors[pair.sample * block.p.output + pair.index]);
+  return factors[pair.sample * block.p.output + pair.index];
 }
 
 template <class Block>

@@ -26,7 +26,7 @@ struct Side {
   // backward pass, if anything is. Backward: what was saved.
   void* gates;
   const void* parameters;  // R (parameters, H): the cell's own vectors, or null
-  const void* factors;     // E (B, P), of h in the recurrent product, or null
+  const void* factors;     // R (B, P), of h in the recurrent product, or null
   const void* apart_bias;  // R (apart * H): biases of the recurrent terms that stay apart, or null
   // What passes from step to step, R: h (B, P) and c (B, H), in the backward pass their gradients.
   void* carry[2];

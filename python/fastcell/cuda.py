@@ -349,7 +349,7 @@ def forward(
     ``output``: where to write it. The arguments are taken as checked.
     """
     layer = _layer_for(config, x, weights, batch_sizes)
-    extras = Extras(*[None if t is None else _dense(t) for t in extras])
+    extras = _readable(layer, extras)
     device = x.device
     weights = [_dense(w) for w in weights]
     packed = x.dim() == 2
@@ -451,7 +451,7 @@ class _Forward:
         part = _rows_of_steps(layer, begin, end, False)
         rows = below[part]
         if index and self.extras.dropout is not None:
-            rows = rows * self.extras.dropout[index - 1].reshape(below.shape)[part]
+            rows = _times(rows, self.extras.dropout[index - 1].reshape(below.shape)[part])
         first_row = 0 if self.keep else part.start
         for side, w, bias in zip(self.sides, self.own, self.biases, strict=True):
             gates = side["gates"]
@@ -471,6 +471,18 @@ def _rows_of_steps(layer: Layer, begin: int, end: int, back: bool) -> slice:
     if back:
         begin, end = layer.steps - end, layer.steps - begin
     return slice(begin * layer.batch, end * layer.batch)
+
+
+def _readable(layer: Layer, extras: Extras) -> Extras:
+    """Dense ones, factors in the dtype of sums."""
+    found = [None if t is None else _dense(t) for t in extras]
+    factors = [None if t is None else t.to(layer.real) for t in found[:2]]
+    return Extras(*factors, *found[2:])
+
+
+def _times(rows: Tensor, factors: Tensor) -> Tensor:
+    """Rounded once, to the dtype of ``rows``."""
+    return torch.mul(rows, factors, out=torch.empty_like(rows))
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -535,7 +547,7 @@ def backward(
     to; ``d_cells``: that of ``cells``.
     """
     layer = _layer_for(config, x, weights, batch_sizes)
-    extras = Extras(*[None if t is None else _dense(t) for t in extras])
+    extras = _readable(layer, extras)
     device, real, directions = x.device, layer.real, layer.directions
     packed = x.dim() == 2
     hx = () if hx is None else [_dense(h) for h in hx]
@@ -679,7 +691,7 @@ class _Backward:
         gates, hidden, output = layer.gates, layer.hidden, layer.output
         each = layer.weights_each
         if index and extras.dropout is not None:
-            below = below * extras.dropout[index - 1].reshape(below.shape)
+            below = _times(below, extras.dropout[index - 1].reshape(below.shape))
         for d, side in enumerate(self.sides):
             at = index * layer.directions + d
             need = need_weights[at * each : (at + 1) * each]
@@ -698,7 +710,7 @@ class _Backward:
                 if extras.reset is not None:
                     before = before.masked_fill(extras.reset.reshape(-1, 1), 0)
                 if extras.recurrent is not None:
-                    before = before * time.per_row(layer, extras.recurrent[at])
+                    before = _times(before, time.per_row(layer, extras.recurrent[at]))
                 if layer.apart:
                     found[1] = torch.cat(
                         (

@@ -117,15 +117,10 @@ def sequence(
     )
     if recompute and extras.seed is not None:
         raise ValueError("recompute=True does not go with zoneout, whose draws it would not repeat")
-    if widened:
-        extras = extras._replace(
-            dropout=None if extras.dropout is None else extras.dropout.float(),
-            recurrent=None if extras.recurrent is None else extras.recurrent.float(),
-        )
-        if path != "kernel" or _wants_gradient(input, hx, weights):
-            # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
-            result_dtype = result_dtype or input.dtype
-            input, hx, weights = _cast(torch.float32, input, hx, weights)
+    if widened and (path != "kernel" or _wants_gradient(input, hx, weights)):
+        # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
+        result_dtype = result_dtype or input.dtype
+        input, hx, weights = _cast(torch.float32, input, hx, weights)
 
     output: Tensor
     states: Sequence[Tensor]
@@ -440,11 +435,11 @@ def _dropout_masks(
     shape.append(weights[1].shape[1] * (2 if config.bidirectional else 1))
     if torch.compiler.is_compiling() or transforms.transformed() or dropout == 1:
         # Dropped ones: vmap's rules of randomness are then torch's.
-        ones = input.new_ones(shape)
+        ones = input.new_ones(shape, dtype=_factors_dtype(input))
         return torch.stack(
             [torch.nn.functional.dropout(ones, dropout) for _ in range(config.num_layers - 1)]
         )
-    masks = input.new_empty((config.num_layers - 1, *shape))
+    masks = input.new_empty((config.num_layers - 1, *shape), dtype=_factors_dtype(input))
     for mask in masks:
         mask.bernoulli_(1 - dropout).div_(1 - dropout)
     return masks
@@ -459,7 +454,12 @@ def _recurrent_masks(
 ) -> Tensor:
     """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
     shape = next(h.shape for h in composite.zero_states(config, input, weights, batch_sizes))
-    return torch.nn.functional.dropout(input.new_ones(shape), probability)
+    ones = input.new_ones(shape, dtype=_factors_dtype(input))
+    return torch.nn.functional.dropout(ones, probability)
+
+
+def _factors_dtype(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
 
 
 def _seed(input: Tensor) -> Tensor:

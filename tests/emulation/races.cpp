@@ -97,7 +97,7 @@ class Layer {
     for (int d = 0; d < sizes.directions; ++d) {
       given_.push_back({random<E>(gates_ * hidden_ * output_, 2 / std::sqrt(double(output_))),
                         random<E>(output_ * hidden_, 2 / std::sqrt(double(hidden_))),
-                        random<E>(batch * output_, 1), random<E>(batch * output_, 1),
+                        random<E>(batch * output_, 1), random<R>(batch * output_, 1),
                         random<R>(rows_ * gates_ * hidden_, 1),
                         random<R>(size_t(cell_.apart) * hidden_, 1), random<R>(batch * hidden_, 1),
                         random<R>(batch * output_, 1), random<R>(batch * hidden_, 1)});
@@ -142,8 +142,8 @@ class Layer {
 
  private:
   struct Given {
-    std::vector<E> w_hh, w_hr, h, factors;
-    std::vector<R> terms, apart_bias, c, d_h, d_c;
+    std::vector<E> w_hh, w_hr, h;
+    std::vector<R> factors, terms, apart_bias, c, d_h, d_c;
   };
   struct Workspace {
     std::vector<E> weights, projection, exchange, exchange_projected;
@@ -207,7 +207,7 @@ class Layer {
       const size_t sample = i / output_;
       const bool alive = lengths_[sample] > (long long)(first);
       if (alive && reset_[size_t(offsets_[first]) + sample]) continue;
-      Operand<P>::from(h[i] * widen(given.factors[i]),
+      Operand<P>::from(h[i] * given.factors[i],
                        made.exchange[sample * size_t(plan.stride) + i % output_]);
     }
     return made;
