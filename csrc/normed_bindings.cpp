@@ -26,8 +26,9 @@ class BoundNormed {
         projected_(projected),
         reverse_(reverse),
         dtype_(float64 ? DType::kFloat64 : DType::kFloat32) {
-    if (features < 0) throw std::invalid_argument("features must not be negative");
-    if (hidden <= 0 || output <= 0) throw std::invalid_argument("sizes must be positive");
+    if (features <= 0 || hidden <= 0 || output <= 0) {
+      throw std::invalid_argument("sizes of layer normalisation must be positive");
+    }
     for (int i = 0; i < kernels.normed->count; ++i) {
       const NormedKernels& one = kernels.normed->cells[int(dtype_)][i];
       if (cell == one.name) kernels_ = &one;
