@@ -63,9 +63,9 @@ function(fastcell_cuda target)
 endfunction()
 
 # Above gpu.h all is the same with CUDA and without.
-target_sources(_core PRIVATE csrc/cuda/bindings.cpp csrc/cuda/normed_bindings.cpp
-               csrc/cuda/build_info.cpp csrc/cuda/plan.cpp csrc/cuda/run.cpp
-               csrc/cuda/normed_run.cpp)
+target_sources(_core PRIVATE csrc/cuda/bindings.cpp csrc/cuda/build_info.cpp
+               csrc/cuda/normed_bindings.cpp csrc/cuda/normed_run.cpp csrc/cuda/plan.cpp
+               csrc/cuda/run.cpp csrc/cuda/tree_bindings.cpp csrc/cuda/tree_run.cpp)
 if(FASTCELL_CUDA)
   fastcell_cuda_toolkit()
 endif()

@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -17,9 +15,12 @@
 
 #include "cell_options.h"
 #include "cpu/engine.h"
+#include "cpu/ragged_rows.h"
 #include "cuda/bindings.h"
 #include "cuda/build_info.h"
+#include "huge_pages.h"
 #include "normed_bindings.h"
+#include "pointers.h"
 #include "reservoir_bindings.h"
 #include "small_call.h"
 #include "tree_bindings.h"
@@ -28,8 +29,6 @@ namespace py = pybind11;
 
 namespace fastcell {
 namespace {
-
-using Pointer = std::uintptr_t;
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -40,11 +39,6 @@ const Kernels& kernels() {
     return *found;
   }();
   return chosen;
-}
-
-template <class T = void>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
 }
 
 std::vector<const void*> as_pointers(const std::vector<Pointer>& from) {
@@ -87,19 +81,6 @@ const CellKernels& kernels_named(const std::string& name, const Stack& stack) {
 using ExtraPointers = std::array<Pointer, 4>;
 Extras extras_of(const ExtraPointers& p) {
   return {as(p[0]), as(p[1]), as<const uint8_t>(p[2]), as<const uint64_t>(p[3])};
-}
-
-// Large fresh buffers are faulted in page by page; huge pages make that, and the TLB's work, cheap.
-// A hint only: failure changes nothing.
-void prefer_huge_pages(void* p, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHuge = std::uintptr_t(1) << 21;
-  if (!p || bytes < int64_t(16 * kHuge)) return;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
-  const std::uintptr_t end =
-      (reinterpret_cast<std::uintptr_t>(p) + std::uintptr_t(bytes)) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // A stack of layers with its kernels: what Python holds per configuration.
@@ -715,6 +696,14 @@ PYBIND11_MODULE(_core, m) {
         return address;
       },
       py::arg("array"));
+  m.def(
+      "ragged_rows",
+      [](int64_t steps, int64_t batch, Pointer lengths, bool batch_first, Pointer order,
+         Pointer rank, Pointer sizes, Pointer rows) {
+        ragged_rows(steps, batch, as<const int64_t>(lengths), batch_first, as<int64_t>(order),
+                    as<int64_t>(rank), as<int64_t>(sizes), as<int64_t>(rows));
+      },
+      "Fills the tensors of csrc/cpu/ragged_rows.h.");
   m.def("fingerprint", &fingerprint, py::arg("tensors"), py::arg("whole"));
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("threads"), py::arg("seconds"),
         "float32 operations per second of independent FMA chains on all threads together.");

@@ -7,13 +7,12 @@
 #include <vector>
 
 #include "cpu/reservoir_call.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 
 namespace fastcell {
 namespace {
-
-using Pointer = std::uintptr_t;
 
 // Multiplications of one step, below which a barrier, and of all steps, below which waking a
 // thread, costs more than the thread does for it.
@@ -41,12 +40,12 @@ class BoundReservoir {
       : kernels_(kernels) {
     call_.units = units;
     call_.inputs = inputs;
-    call_.offsets = reinterpret_cast<const int64_t*>(offsets);
-    call_.columns = reinterpret_cast<const int32_t*>(columns);
-    call_.values = reinterpret_cast<const void*>(values);
-    call_.input_weights = reinterpret_cast<const void*>(input_weights);
-    call_.bias = reinterpret_cast<const void*>(bias);
-    call_.alpha = reinterpret_cast<const void*>(alpha);
+    call_.offsets = as<const int64_t>(offsets);
+    call_.columns = as<const int32_t>(columns);
+    call_.values = as(values);
+    call_.input_weights = as(input_weights);
+    call_.bias = as(bias);
+    call_.alpha = as(alpha);
   }
 
   // Every call in this way from now on, whatever it costs; 0 groups: as the sizes suggest again.
@@ -74,8 +73,8 @@ class BoundReservoir {
     call.lengths = lengths.data();
     call.x = reinterpret_cast<const void* const*>(x.data());
     call.states = states.empty() ? nullptr : reinterpret_cast<void* const*>(states.data());
-    call.state = reinterpret_cast<void*>(state);
-    call.workspace = reinterpret_cast<void*>(workspace);
+    call.state = as(state);
+    call.workspace = as(workspace);
     call.schedule = forced_.batch_groups > 0 ? forced_ : schedule_of(call, kernels_, threads);
     struct Job {
       const ReservoirCall& call;

@@ -7,18 +7,12 @@
 #include <vector>
 
 #include "cpu/tree_levels.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 
 namespace fastcell {
 namespace {
-
-using Pointer = std::uintptr_t;
-
-template <class T = void>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
 
 py::tuple levels(int64_t nodes, Pointer parents, bool number, Pointer positions, Pointer order,
                  Pointer level_offsets, Pointer child_offsets, Pointer children) {

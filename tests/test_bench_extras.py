@@ -263,12 +263,16 @@ def test_gpu_table_measures(monkeypatch, capsys):
 
 
 def test_cells_and_controls(tmp_path, capsys):
-    from fastcell_bench import cells
+    from fastcell_bench import cells, onnx_cells
 
     out = tmp_path / "cells.json"
     arguments = ["--shape", "5:2:4:6", "--blocks", "1", "--min-time", "0.001", "--json", str(out)]
-    assert cells.main(arguments) == 0
+    assert cells.main([*arguments, "--onnx"]) == 0
     rows = json.loads(out.read_text())["rows"]
+    peers = {(r["base"], r["variant"]) for r in rows if "over onnxruntime" in r["inference"]}
+    if onnx_cells.why_not(torch.nn.Linear(1, 1), {}) != onnx_cells.NOT_INSTALLED:
+        of_lstm = ("peephole", "coupled", "peephole, coupled", "activations", "clip", "lengths=")
+        assert peers == {*[("LSTM", name) for name in of_lstm], ("GRU", "reset before")}
     assert len(rows) == len(cells.VARIANTS)
     for row, variant in zip(rows, cells.VARIANTS, strict=True):
         for mode in ("inference", "training"):

@@ -333,3 +333,55 @@ def test_weights_that_are_something_else(name):
     check(pair, write)
     other = {key: p.detach() + 1 for key, p in pair[0].named_parameters()}
     same_values(*[torch.func.functional_call(m, other, (x, hx)) for m in pair])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LeakyRNN", {"alpha": 0.3}), ("LeakyRNN", {"nonlinearity": "relu", "learn_alpha": True}),
+     ("IndRNN", {}), ("IndRNN", {"nonlinearity": "tanh"})],
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells_of_our_own_are_a_step_of_the_layer(name, options, bias):
+    layer = getattr(fastcell, name)(I, H, bias=bias, **options)
+    cell = getattr(fastcell, name + "Cell")(I, H, bias, **options)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x, h = torch.randn(B, I, requires_grad=True), torch.randn(B, H, requires_grad=True)
+    wanted, found = layer(x[None], h[None])[0][0], cell(x, h)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(cell(x[0], h[0]), found[0])
+    torch.testing.assert_close(cell(x), layer(x[None])[0][0])
+    leaves = [[x, h, *[p for p in m.parameters() if p.requires_grad]] for m in (cell, layer)]
+    got, due = (
+        torch.autograd.grad(o.sin().sum(), own)
+        for o, own in zip((found, wanted), leaves, strict=True)
+    )
+    assert len(got) == len(due)
+    for a, b in zip(got, due, strict=True):
+        torch.testing.assert_close(a, b)
+    assert f"{name}Cell({I}, {H}" in repr(cell)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(cell)))
+    assert torch.equal(again(x, h), found)
+    assert fastcell.explain(cell, x).path == "kernel"
+
+
+def test_cells_of_our_own_begin_as_their_layers():
+    leaky = fastcell.LeakyRNNCell(I, H, alpha=torch.linspace(0, 1, H))
+    torch.testing.assert_close(leaky.weight_leak[0], torch.linspace(0, 1, H))
+    assert not leaky.weight_leak.requires_grad
+    leaky.reset_parameters()
+    torch.testing.assert_close(leaky.weight_leak[0], torch.linspace(0, 1, H))
+    independent = fastcell.IndRNNCell(I, H)
+    assert independent.weight_hh.shape == (1, H)
+    assert ((independent.weight_hh >= 0) & (independent.weight_hh <= 1)).all()
+    assert "nonlinearity=tanh" in repr(fastcell.IndRNNCell(I, H, nonlinearity="tanh"))
+    with pytest.raises(ValueError, match="alpha must be from 0 to 1"):
+        fastcell.LeakyRNNCell(I, H, alpha=1.5)
+    with pytest.raises(ValueError, match="Unknown nonlinearity"):
+        fastcell.LeakyRNNCell(I, H, nonlinearity="elu")
+    with pytest.raises(ValueError, match="Expected input to be 1D or 2D, got 3D"):
+        independent(torch.zeros(1, 1, I))
+    for cell in (leaky, independent):
+        model = nn.Sequential(cell)
+        assert fastcell.revert(model)[0] is cell
+        with pytest.raises(ValueError, match="cannot be quantized"):
+            fastcell.quantize(cell)

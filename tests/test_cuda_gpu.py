@@ -131,12 +131,52 @@ def test_layer_norm_in_a_graph_and_without_waiting(kind):
     torch.testing.assert_close(captured[0].cpu().double(), output, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_left_behind():
-    layer, x = layer_and_input()
+@pytest.mark.parametrize("place", ["step", "cluster"])
+def test_layers_at_the_same_time(place):
+    """Beside one after another; on a side stream, without waiting; in a graph."""
+    layer = fastcell.LSTM(16, 64, 4, device=GPU, dropout=0.0)
+    x = torch.randn(200, 8, 16, device=GPU, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+
+    def step():
+        output, (h, c) = layer(x)
+        return [output, *torch.autograd.grad(output.sum() + h.sum() + c.sum(), leaves)]
+
+    def run(wave):
+        with cuda.choose_engine(place), cuda.choose_wavefront(wave):
+            return step()
+
+    try:
+        expected = run(False)
+    except ValueError:
+        pytest.skip("this GPU has no clusters")
+    first = run(True)
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        found = run(True)
+        assert not side.query(), "the call waited for the device"
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(True)
+    graph.replay()
+    for a, b, c in zip(found, captured, first, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_nothing_is_left_behind(layers):
+    layer, x = layer_and_input(num_layers=layers)
 
     def step():
         layer.zero_grad()
-        layer(x)[0].sum().backward()
+        with cuda.choose_wavefront(True):
+            layer(x)[0].sum().backward()
 
     for _ in range(3):
         step()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import fastcell
 from emulation_build import emulated
-from fastcell import normed, normed_cuda, ops, reference
+from fastcell import normed_cuda, ops, reference
+from fastcell.cells import spec_of
 from support import assert_equal_bits
 from tolerances import eps_of
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 KINDS = ("LSTM", "GRU")
+CELLS = ("lstm", "gru", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
 FORMS = ("padded", "packed", "lengths")
 
 
@@ -48,25 +50,27 @@ class Problem:
     ) -> None:  # fmt: skip
         self.kind, self.sizes, self.form, self.bias = kind, sizes, form, bias
         self.layers, self.directions, self.cell = layers, directions, kind.lower()
+        spec = spec_of(self.cell)
         generator = torch.Generator().manual_seed(3)
         steps, batch, features, hidden = sizes
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return scale * torch.randn(*shape, dtype=F64, generator=generator)
 
-        wide = (4 if kind == "LSTM" else 3) * hidden
+        wide = spec.gates * hidden
         self.weights: list[Tensor] = []
         for layer in range(layers):
             width = features if layer == 0 else directions * hidden
             for _ in range(directions):
                 self.weights += [draw(wide, width), draw(wide, hidden)]
                 self.weights += [draw(wide, scale=0.3) for _ in range(2 * bias)]
+                self.weights += [draw(spec.parameters, hidden)] * (spec.parameters > 0)
                 self.weights += [1 + draw(wide, scale=0.3) for _ in range(2)]
-                if kind == "LSTM":
+                if spec.states > 1:
                     self.weights.append(torch.stack((1 + draw(hidden), draw(hidden))))
         self.lengths = sizes.lengths
         rows = (int(self.lengths.sum()),) if form == "packed" else (steps, batch)
-        states = 2 if kind == "LSTM" else 1
+        states = spec.states
         self.hx = [draw(layers * directions, batch, hidden) for _ in range(states if given else 0)]
         self.x = draw(*rows, features)
         self.d_output = draw(*rows, directions * hidden)
@@ -86,7 +90,7 @@ class Problem:
         output, states = ops.normed(
             self.cell, x, hx or None, weights, sizes,
             None if self.reset is None else self.reset.to(device), bias=self.bias,
-            directions=self.directions, batch_first=False, dropout=0.0,
+            projected=False, directions=self.directions, batch_first=False, dropout=0.0,
         )  # fmt: skip
         grads = [g.to(device, dtype) for g in (self.d_output, *self.d_states)]
         torch.autograd.backward([output, *states], grads)
@@ -107,15 +111,15 @@ class Problem:
 def in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     """The same in torch's operations on the CPU, each of which rounds to ``dtype``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "kernels_run", lambda *_: False)
-        patch.setattr(normed, "kernels_run", lambda *_: False)
+        patch.setattr(ops, "normed_engine", lambda *_: None)
         patch.setattr(ops, "_NARROW", ())
         return problem.run(dtype, "cpu")
 
 
 def by_reference(problem: Problem) -> list[np.ndarray]:
     """The same of the NumPy reference, as exactly as it can: one layer, one direction, padded."""
-    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_ih", "norm_hh", "norm_c"]
+    own = ["weight_peephole"] if "peephole" in problem.cell else []
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", *own, "norm_ih", "norm_hh", "norm_c"]
     w = dict(zip(names, [wide(t) for t in problem.weights], strict=False))
     hx = [wide(t[0]) for t in problem.hx]
     output, final, tape = reference.normed.forward(problem.cell, wide(problem.x), hx, w)
@@ -173,7 +177,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CELLS)
 def test_as_the_reference(kind, dtype, sizes, device, launches):
     """One unit, one step, several tiles and blocks, more units than a block has threads."""
     problem = Problem(kind, sizes)
@@ -183,10 +187,10 @@ def test_as_the_reference(kind, dtype, sizes, device, launches):
 
 @pytest.mark.parametrize(("dtype", "given"), [(F32, True), (F32, False), (BF16, True)])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CELLS)
 def test_every_form_of_input(kind, form, dtype, given, device, launches):
     """Layers, directions, resets; without biases where no states are given."""
-    sizes = Sizes(4, 4, 3, 9)
+    sizes = Sizes(4, 4, 3, 17)
     problem = Problem(
         kind, sizes, form, layers=2, directions=2, bias=given, given=given, reset=True
     )
@@ -239,7 +243,7 @@ def test_a_sample_has_the_same_bits_beside_others(kind, device):
     problem = Problem(kind, Sizes(5, 13, 4, 50))
     terms = torch.randn(5 * 13, len(problem.weights[0]), device=device)
     _, w_hh, _, b_hh, _, g_hh, *norm_c = [w.float().to(device) for w in problem.weights]
-    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
+    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)), None)
 
     def run(terms, samples):
         call = normed_cuda.Call(problem.cell, (samples,) * 5, None, False, None, F32)
@@ -259,14 +263,14 @@ def test_second_derivatives(kind, bias, device):
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CELLS)
 def test_second_derivatives_of_16_bits_with_lengths(kind, device):
     """Their dtypes, and that the graph is whole."""
     problem = Problem(kind, Sizes(4, 3, 2, 5), "lengths", reset=True)
     x, *rest = [t.to(device, BF16).requires_grad_() for t in (problem.x, *problem.weights)]
     output, _ = ops.normed(
-        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, directions=1,
-        batch_first=False, dropout=0.0,
+        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, projected=False,
+        directions=1, batch_first=False, dropout=0.0,
     )  # fmt: skip
     first = torch.autograd.grad(output.float().square().sum(), [x, *rest], create_graph=True)
     second = torch.autograd.grad(sum(g.float().square().sum() for g in first), [x, *rest])
@@ -322,4 +326,4 @@ def test_what_the_kernels_refuse():
     with pytest.raises(ValueError, match="no CUDA kernels for products of float8"):
         plan(0, "lstm", "float8", False, 1, 1, 1)
     with pytest.raises(ValueError, match="other steps or samples than planned"):
-        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 23)
+        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 25)

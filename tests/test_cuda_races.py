@@ -1,4 +1,4 @@
-"""The CUDA kernels, emulated, under ThreadSanitizer: tests/emulation/races.cpp.
+"""The CUDA kernels, emulated, under ThreadSanitizer: races.cpp and tree_races.cpp of emulation/.
 
 A block is a thread and its threads are fibers, between which a switch orders nothing. So a missing
 barrier inside of a block is reported as well as a missing release between blocks.
@@ -20,8 +20,8 @@ REPORTED = 66
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that runs it."""
+def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a command that runs a program with the sanitizer begins with."""
     folder = tmp_path_factory.mktemp("sanitizer")
     (folder / "empty.cpp").write_text("int main() { return 0; }")
     compiler = os.environ.get("CXX", "c++").split()
@@ -32,8 +32,22 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     start = ["setarch", "-R"] if shutil.which("setarch") else []
     if subprocess.run([*start, str(folder / "empty")], capture_output=True, check=False).returncode:
         pytest.skip("programs with the thread sanitizer do not run here")
-    build(FOLDER, "-DFASTCELL_SANITIZE_THREADS=ON", target="races")
-    return [*start, str(Path(FOLDER, "races"))]
+    return start
+
+
+def built(start: list[str], name: str) -> list[str]:
+    build(FOLDER, "-DFASTCELL_SANITIZE_THREADS=ON", target=name)
+    return [*start, str(Path(FOLDER, name))]
+
+
+@pytest.fixture(scope="module")
+def program(start: list[str]) -> list[str]:
+    return built(start, "races")
+
+
+@pytest.fixture(scope="module")
+def trees(start: list[str]) -> list[str]:
+    return built(start, "tree_races")
 
 
 def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,5 +68,17 @@ def test_no_race_and_the_same_results_in_every_place(program):
 def test_a_race_is_reported(program, defect):
     """Between blocks, and between the threads of one."""
     done = run(program, defect)
+    assert done.returncode == REPORTED, done.stdout + done.stderr
+    assert "data race" in done.stderr
+
+
+def test_no_race_of_trees(trees):
+    done = run(trees)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    assert ", 0 failures" in done.stdout
+
+
+def test_a_race_of_trees_is_reported(trees):
+    done = run(trees, "order")
     assert done.returncode == REPORTED, done.stdout + done.stderr
     assert "data race" in done.stderr

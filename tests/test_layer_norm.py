@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import fastcell
-from fastcell import normed, reference
+from fastcell import normed, normed_composite, normed_cpu, reference
+from fastcell.cells import cell_of
 from support import threads
 from tolerances import finite_difference_tolerance
 
 KINDS = ("LSTM", "GRU")
+# What goes with it, by what follows the name of the class.
+VARIANTS = {
+    "LSTM": {},
+    "GRU": {},
+    "LSTM peephole": {"peephole": True},
+    "LSTM coupled": {"coupled": True},
+    "LSTM projected": {"proj_size": 4},
+    "LSTM with all": {"peephole": True, "coupled": True, "proj_size": 3},
+}
 
 
 def layer_of(kind, *sizes, **options):
     """With norms that do something of their own."""
     torch.manual_seed(5)
-    layer = getattr(fastcell, kind)(*sizes, layer_norm=True, **options).double()
+    options = VARIANTS[kind] | options
+    layer = getattr(fastcell, kind.split()[0])(*sizes, layer_norm=True, **options).double()
     with torch.no_grad():
         for name, p in layer.named_parameters():
             if name.startswith("norm_"):
@@ -81,16 +93,17 @@ def reference_problem(kind, dtype, sizes):
     values = [p.detach().numpy() for p in layer.parameters()]
     rng = np.random.default_rng(1)
     x = rng.normal(size=(6, 4, sizes[0]))
-    states = [rng.normal(size=(4, sizes[1])) for _ in range(2 if kind == "LSTM" else 1)]
-    grads = [rng.normal(size=(6, 4, sizes[1])), *[rng.normal(size=s.shape) for s in states]]
+    widths = (layer.proj_size or sizes[1], sizes[1])[: 1 if kind == "GRU" else 2]
+    states = [rng.normal(size=(4, width)) for width in widths]
+    grads = [rng.normal(size=(6, 4, widths[0])), *[rng.normal(size=s.shape) for s in states]]
     return layer, names, [v.astype(dtype) for v in (x, *states, *values)], grads
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_the_reference_equals_finite_differences(kind):
-    _, names, leaves, grads = reference_problem(kind, np.float64, (3, 5))
+    layer, names, leaves, grads = reference_problem(kind, np.float64, (3, 5))
     count = len(grads)
-    cell = kind.lower()
+    cell = cell_of(layer)
 
     def run(leaves):
         x, states, w = (
@@ -108,13 +121,14 @@ def test_the_reference_equals_finite_differences(kind):
     d_x, d_states, d_w = reference.normed.backward(cell, tape, w, grads[0], grads[1:])
     found = [d_x, *d_states, *[d_w[n] for n in names]]
     rng = np.random.default_rng(2)
-    step = np.finfo(np.float64).eps ** (1 / 3)
-    for k, (leaf, gradient) in enumerate(zip(leaves, found, strict=True)):
+    # The differences in more digits: norms bend.
+    wide = [leaf.astype(np.longdouble) for leaf in leaves]
+    step = np.finfo(np.longdouble).eps ** (1 / 3)
+    for k, (leaf, gradient) in enumerate(zip(wide, found, strict=True)):
         direction = rng.normal(size=leaf.shape)
         direction /= np.linalg.norm(direction)
         above, below = (
-            loss([*leaves[:k], leaf + sign * step * direction, *leaves[k + 1 :]])
-            for sign in (1, -1)
+            loss([*wide[:k], leaf + sign * step * direction, *wide[k + 1 :]]) for sign in (1, -1)
         )
         expected = (above - below) / (2 * step)
         size = max(abs(above), np.linalg.norm(gradient))
@@ -124,43 +138,43 @@ def test_the_reference_equals_finite_differences(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(3, 5), (20, 67)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_as_the_reference(kind, sizes, dtype):
     layer, names, leaves, grads = reference_problem(kind, np.float64, sizes)
     layer.to(dtype)
     x, *states = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in leaves[: len(grads)]]
-    hx = tuple(s[None] for s in states)
-    output, final = layer(x, hx if kind == "LSTM" else hx[0])
-    final = final if kind == "LSTM" else (final,)
+    hx, cell = tuple(s[None] for s in states), cell_of(layer)
+    output, final = layer(x, hx if len(hx) == 2 else hx[0])
+    final = final if len(hx) == 2 else (final,)
     wanted = [torch.tensor(g, dtype=dtype) for g in grads]
     torch.autograd.backward([output, *[f[0] for f in final]], wanted)
     found = [output, *[f[0] for f in final], x.grad, *[s.grad for s in states]]
     found += [p.grad for p in layer.parameters()]
 
-    def by_reference(kind, real):
+    def by_reference(real):
         arrays = [np.asarray(v, real) for v in (*leaves, *grads)]
         w = dict(zip(names, arrays[len(grads) : len(leaves)], strict=True))
         d = arrays[len(leaves) :]
-        y, last, tape = reference.normed.forward(kind, arrays[0], arrays[1 : len(grads)], w)
-        d_x, d_states, d_w = reference.normed.backward(kind, tape, w, d[0], d[1:])
+        y, last, tape = reference.normed.forward(cell, arrays[0], arrays[1 : len(grads)], w)
+        d_x, d_states, d_w = reference.normed.backward(cell, tape, w, d[0], d[1:])
         return [y, *last, d_x, *d_states, *[d_w[n] for n in names]]
 
     # A norm's error depends on the numbers: it divides by their spread. So not more than a few
     # times what NumPy makes of it in the same dtype.
     real = np.float32 if dtype is torch.float32 else np.float64
-    exact, same = (by_reference(kind.lower(), r) for r in (np.longdouble, real))
+    exact, same = (by_reference(r) for r in (np.longdouble, real))
     for a, b, c in zip(found, exact, same, strict=True):
         error, usual = (abs(v - b).max() for v in (a.detach().numpy(), c))
         assert error <= 4 * usual + 4 * np.finfo(real).eps * abs(b).max()
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_derivatives(kind, bias):
-    layer = layer_of(kind, 2, 3, bidirectional=True, bias=bias)
+    layer = layer_of(kind, 2, 5, bidirectional=True, bias=bias)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    states = [torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    states = states if kind == "LSTM" else states[:1]
+    widths = (layer.proj_size or 5, 5)[: 1 if kind == "GRU" else 2]
+    states = [torch.randn(2, 2, n, dtype=torch.float64, requires_grad=True) for n in widths]
     names = [n for n, _ in layer.named_parameters()]
 
     def run(x, *rest):
@@ -176,49 +190,80 @@ def test_derivatives(kind, bias):
     assert torch.autograd.gradgradcheck(lambda x: run(x, *frozen), (x,))
 
 
-@pytest.mark.parametrize("form", ["padded", "packed"])
+def call_of(kind, sizes, features, hidden, bias=True):
+    """(name of the cell, input rows, states, weights as the functions below take them)."""
+    layer = layer_of(kind, features, hidden, bias=bias)
+    (weights,) = normed.split(cell_of(layer), list(layer.parameters()), bias, layer.proj_size > 0)
+    rows = torch.randn(sum(sizes), features, dtype=torch.float64, requires_grad=True)
+    widths = (layer.proj_size or hidden, hidden)[: 1 if kind == "GRU" else 2]
+    hx = [torch.randn(sizes[0], n, dtype=torch.float64, requires_grad=True) for n in widths]
+    return cell_of(layer), (rows, hx, weights)
+
+
+def everything(run, rows, hx, weights):
+    """Output, final states, and the gradient of all there is."""
+    output, states = run(rows, hx, *weights)
+    total = output.sin().sum() + sum((s.cos() * s).sum() for s in states)
+    leaves = [t for t in (rows, *hx, *weights) if t is not None]
+    return [output, *states, *torch.autograd.grad(total, leaves)]
+
+
+FORMS = {"padded": (19,) * 4, "packed": (19, 18, 7, 1), "long": (19,) * 60}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_as_plain_torch(kind, reverse, form):
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_kernels_as_plain_torch(kind, reverse, form, bias):
     torch.manual_seed(3)
-    layer = layer_of(kind, 5, 37)
-    w_ih, w_hh, _, b_hh, _, g_hh, *norm_c = layer.parameters()
-    sizes = (19,) * 4 if form == "padded" else (19, 18, 7, 1)
-    terms = torch.randn(sum(sizes), len(w_ih), dtype=torch.float64, requires_grad=True)
-    hx = [torch.randn(19, 37, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    hx = hx if norm_c else hx[:1]
-    reset = torch.rand(sum(sizes)) < 0.2
-    leaves = [terms, *hx, w_hh, g_hh, b_hh, *norm_c]
-    tensors = leaves if norm_c else [*leaves, None]
-
-    def gradients(run):
-        output, *states = run()
-        total = output.sin().sum() + sum((s.cos() * s).sum() for s in states)
-        return [output, *states, *torch.autograd.grad(total, leaves)]
-
-    name = kind.lower()
-    output, states = normed.steps(name, sizes, reset, reverse, *tensors)
-    wanted = gradients(lambda: (output, *states))
+    sizes = FORMS[form]
+    cell, operands = call_of(kind, sizes, 5, 37, bias)
+    given = cell, sizes, torch.rand(sum(sizes)) < 0.2, reverse, None
+    wanted = everything(partial(normed_composite.layer, *given), *operands)
+    bits = None
     for count in (1, 2, 3):
         with threads(count):
-            found = gradients(lambda: normed._Sweep.apply(name, sizes, reset, reverse, *tensors))
+            found = everything(partial(normed_cpu.layer, *given), *operands)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
+        bits = bits or found
+        assert all(torch.equal(a, b) for a, b in zip(found, bits, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_only_what_is_asked_for(kind):
+    """Any one gradient alone is the one among all of them; nothing is kept without any."""
+    cell, (rows, hx, weights) = call_of(kind, (4, 4, 2), 5, 9)
+    run = partial(normed_cpu.layer, cell, (4, 4, 2), None, False, None)
+    every = everything(run, rows, hx, weights)[1 + len(hx) :]
+    leaves = [t for t in (rows, *hx, *weights) if t is not None]
+    for k, wanted in enumerate(every):
+        own = [t.detach().requires_grad_(i == k) for i, t in enumerate(leaves)]
+        given = iter(own)
+        x, *rest = [None if t is None else next(given) for t in (rows, *hx, *weights)]
+        output, states = run(x, rest[: len(hx)], *rest[len(hx) :])
+        total = output.sin().sum() + sum((s.cos() * s).sum() for s in states)
+        assert torch.equal(torch.autograd.grad(total, own[k])[0], wanted)
+    with torch.no_grad():
+        output, states = run(rows, hx, *weights)
+    found = everything(run, rows, hx, weights)
+    assert all(torch.equal(a, b) for a, b in zip((output, *states), found, strict=False))
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_every_form_of_input(kind):
     layer = layer_of(kind, 4, 6, 2, bidirectional=True)
     x = torch.randn(7, 3, 4).double()
     reset = torch.rand(7, 3) < 0.2
     lengths = torch.tensor([5, 7, 2])
     output, final = layer(x, lengths=lengths, reset=reset)
-    states = final if kind == "LSTM" else (final,)
+    states = final if kind != "GRU" else (final,)
     for b, n in enumerate(lengths.tolist()):
         alone, last = layer(x[:n, b], reset=reset[:n, b])
         torch.testing.assert_close(output[:n, b], alone)
         assert not output[n:, b].any()
-        for s, w in zip(states, last if kind == "LSTM" else (last,), strict=True):
+        for s, w in zip(states, last if kind != "GRU" else (last,), strict=True):
             torch.testing.assert_close(s[:, b], w)
     pack = torch.nn.utils.rnn.pack_padded_sequence
     packed, last = layer(
@@ -242,17 +287,10 @@ def test_same_bits_for_any_threads_and_batch(kind):
     for count in (2, 3):
         with threads(count):
             assert torch.equal(layer(x)[0], whole)
-    # (The input's product is torch's, which may sum another batch in another order.)
-    terms = torch.randn(6 * 21, layer.weight_ih_l0.shape[0])
-    hx = [torch.zeros(21, 50) for _ in range(2 if kind == "LSTM" else 1)]
-    _, w_hh, _, b_hh, _, g_hh, *norm_c = layer.parameters()
-    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
-    run = normed._Sweep.apply
-    every = run(kind.lower(), (21,) * 6, None, False, terms, *hx, *rest)[0].view(6, 21, 50)
     for b in (0, 7, 20):
-        own = terms.view(6, 21, -1)[:, b]
-        one = run(kind.lower(), (1,) * 6, None, False, own, *[h[:1] for h in hx], *rest)[0]
-        assert torch.equal(one, every[:, b])
+        assert torch.equal(layer(x[:, b : b + 1])[0], whole[:, b : b + 1])
+    first, state = layer(x[:2])
+    assert torch.equal(torch.cat((first, layer(x[2:], state)[0])), whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,11 +338,11 @@ def test_the_scale_of_weights_does_not_matter(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"peephole": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"proj_size": 2},
-     {"recompute": True}, {"skip": 2}, {"activation": "relu"}],
+    [{"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"recompute": True}, {"skip": 2},
+     {"activation": "relu"}, {"cell_clip": 1.0}],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(options):
-    with pytest.raises(ValueError, match="layer_norm goes with the plain cell alone"):
+    with pytest.raises(ValueError, match="layer_norm goes with the plain GRU and with the LSTM"):
         fastcell.LSTM(3, 4, layer_norm=True, **options)
 
 
@@ -324,10 +362,11 @@ def test_other_refusals():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cell_is_a_step_of_the_layer(kind, bias):
-    layer = layer_of(kind, 3, 5, bias=bias)
-    cell = getattr(fastcell, kind + "Cell")(3, 5, bias, layer_norm=True).double()
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "proj_size" not in VARIANTS[v]])
+def test_a_cell_is_a_step_of_the_layer(variant, bias):
+    layer, kind = layer_of(variant, 3, 5, bias=bias), variant.split()[0]
+    make = partial(getattr(fastcell, kind + "Cell"), 3, 5, bias, layer_norm=True)
+    cell = make(**VARIANTS[variant]).double()
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     assert "layer_norm=True" in repr(cell)
     x, h, c = (torch.randn(2, n).double() for n in (3, 5, 5))
@@ -340,15 +379,16 @@ def test_a_cell_is_a_step_of_the_layer(kind, bias):
         torch.testing.assert_close(a, b[0])
     one = cell(x[0], (h[0], c[0]) if kind == "LSTM" else h[0])
     torch.testing.assert_close(one[0] if kind == "LSTM" else one, found[0][0])
-    with pytest.raises(ValueError, match="layer_norm goes with no other option"):
-        getattr(fastcell, kind + "Cell")(3, 5, layer_norm=True, zoneout=0.1)
+    with pytest.raises(ValueError, match="layer_norm goes with peephole, coupled and no other"):
+        make(zoneout=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_the_functional_form(kind):
     layer = layer_of(kind, 3, 5, 2, bidirectional=True)
     x, weights = torch.randn(4, 2, 3).double(), list(layer.parameters())
-    run = getattr(fastcell.functional, kind.lower())
+    options = {k: v for k, v in VARIANTS[kind].items() if k != "proj_size"}
+    run = partial(getattr(fastcell.functional, kind.split()[0].lower()), **options)
     output, _ = run(x, None, weights, num_layers=2, bidirectional=True, layer_norm=True)
     torch.testing.assert_close(output, layer(x)[0])
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]))
@@ -357,7 +397,7 @@ def test_the_functional_form(kind):
         batch_sizes=packed.batch_sizes,
     )  # fmt: skip
     torch.testing.assert_close(rows, layer(packed)[0].data)
-    with pytest.raises(RuntimeError, match="weights for each of 4 layers and directions, got"):
+    with pytest.raises(RuntimeError, match="weights for each of 4 layers and directions, or"):
         run(x, None, weights[:-1], num_layers=2, bidirectional=True, layer_norm=True)
-    with pytest.raises(ValueError, match="layer_norm goes with no other option"):
+    with pytest.raises(ValueError, match="layer_norm goes with peephole and coupled, with no"):
         run(x, None, weights, num_layers=2, bidirectional=True, layer_norm=True, zoneout=0.1)

@@ -1,10 +1,11 @@
 """What each cell and each control over the sequence costs, by the plain cell of its family, and how
-many times faster it is than the Python loop that it replaces. `python -m fastcell_bench.cells`
+many times faster it is than the Python loop that it replaces, and than onnxruntime where it has the
+cell. `python -m fastcell_bench.cells`
 
 The loop is the way to write a cell without kernels: torch's operations step by step, with the input
 terms of all steps in one product. A second one has the step compiled by torch.compile. Blocks
-alternate in one process, as in ``fastcell_bench.variants``; every variant's output is compared with
-the loop's before anything is timed.
+alternate, those of torch and fastcell in one process, as in ``fastcell_bench.variants``; every
+variant's output is compared with the others' before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,12 +22,13 @@ from typing import Any
 import torch
 
 import fastcell
-from fastcell import composite, normed
+from fastcell import composite, normed, normed_composite
 from fastcell.cells import cell_of, spec_of
 from fastcell.plan import NO_EXTRAS
 from fastcell_bench.cases import parse_shape
 from fastcell_bench.cli import positive, whole
-from fastcell_bench.variants import Run, alternate, gain
+from fastcell_bench.onnx_cells import OnnxRuntime, why_not
+from fastcell_bench.variants import Peer, Run, alternate, gain
 
 _SHAPES = ("100:8:128:128", "100:32:256:256", "100:64:512:512")
 
@@ -88,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--compile", action="store_true", help="also a loop over a step that torch.compile made"
     )
+    result.add_argument("--onnx", action="store_true", help="also onnxruntime, in inference")
     result.add_argument("--threads", type=whole, metavar="N", help="default: torch's")
     result.add_argument("--blocks", type=whole, default=9, metavar="N", help="(9)")
     result.add_argument("--min-time", type=positive, default=0.05, metavar="S", help="(0.05)")
@@ -126,25 +130,30 @@ def python_loop(
 
 
 def _normed_loop(layer: torch.nn.RNNBase) -> Callable[[torch.Tensor], torch.Tensor]:
-    w_ih, w_hh, b_ih, b_hh, g_ih, g_hh, *norm_c = layer.parameters()
     cell, hidden = cell_of(layer), layer.hidden_size
+    weights: Any = normed.split(cell, list(layer.parameters()), True, False)[0]
 
     def run(x: torch.Tensor) -> torch.Tensor:
         steps, batch, _ = x.shape
-        terms = torch.nn.functional.linear(x.flatten(0, 1), w_ih)
-        terms = normed.norm(terms, g_ih, normed.PARTS[cell], hidden) + b_ih
-        zeros = [x.new_zeros(batch, hidden) for _ in range(spec_of(cell).states)]
-        rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)))
-        return normed.steps(cell, [batch] * steps, None, False, terms, *zeros, *rest)[0].view(
-            steps, batch, hidden
-        )
+        rows, hx = x.flatten(0, 1), [None] * spec_of(cell).states
+        given = cell, [batch] * steps, None, False, None
+        output, _ = normed_composite.layer(*given, rows, hx, *weights)
+        return output.view(steps, batch, hidden)
 
     return run
 
 
-def row(
-    variant: Variant, shape: tuple[int, int, int, int], compiled: bool, blocks: int, min_time: float
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """How to measure, and beside whom."""
+
+    blocks: int
+    min_time: float
+    compiled: bool
+    onnx: bool
+
+
+def row(variant: Variant, shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
     """Of one variant and shape, in inference and in training."""
     steps, batch, inputs, hidden = shape
     plain = getattr(fastcell, variant.base)(inputs, hidden)
@@ -152,39 +161,58 @@ def row(
     x = torch.randn(steps, batch, inputs, requires_grad=True)
     gradient = torch.randn(steps, batch, hidden)
     call = variant.call(steps, batch)
-    ways = (False, True) if compiled else (False,)
-    loops = [python_loop(layer, call.get("reset"), way) for way in ways if variant.loop]
-    for loop in loops:
-        torch.testing.assert_close(layer(x, **call)[0], loop(x), rtol=1e-3, atol=1e-3)
+    wanted = layer.eval()(x, **call)[0]
+    loops: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    if variant.loop:
+        loops["over loop"] = python_loop(layer, call.get("reset"), False)
+        if settings.compiled:
+            loops["over compiled loop"] = python_loop(layer, call.get("reset"), True)
+    for loop in loops.values():
+        torch.testing.assert_close(wanted, loop(x), rtol=1e-3, atol=1e-3)
+
+    def timed(of: torch.nn.Module, output: Callable[[], torch.Tensor], training: bool) -> Run:
+        leaves = [x, *[p for p in of.parameters() if p.requires_grad]]
+        if training:
+            return lambda: torch.autograd.grad(output(), leaves, gradient)
+
+        def run() -> object:
+            with torch.no_grad():
+                return output()
+
+        return run
+
     found: dict[str, Any] = {}
     for mode in ("inference", "training"):
-
-        def timed(of: torch.nn.Module, output: Callable[[], torch.Tensor], mode: str = mode) -> Run:
-            leaves = [x, *[p for p in of.parameters() if p.requires_grad]]
-            if mode == "training":
-                return lambda: torch.autograd.grad(output(), leaves, gradient)
-
-            def run() -> object:
-                with torch.no_grad():
-                    return output()
-
-            return run
-
         # (Zoneout and the dropouts draw in training alone.)
-        layer.train(mode == "training")
-        runs = [
-            timed(plain, lambda: plain(x)[0]),
-            timed(layer, lambda: layer(x, **call)[0]),
-            *[timed(layer, partial(loop, x)) for loop in loops],
-        ]
-        base, own, *others = alternate(runs, blocks, min_time)
+        training = mode == "training"
+        layer.train(training)
+        runs: dict[str, Run | Peer] = {
+            "plain": timed(plain, lambda: plain(x)[0], training),
+            "own": timed(layer, lambda: layer(x, **call)[0], training),
+        }
+        for name, loop in loops.items():
+            runs[name] = timed(layer, partial(loop, x), training)
+        with ExitStack() as peers:
+            if not training and settings.onnx and not why_not(layer, call):
+                peer = peers.enter_context(OnnxRuntime(layer, x, call))
+                torch.testing.assert_close(wanted, peer.output(), rtol=1e-3, atol=1e-3)
+                runs["over onnxruntime"] = peer
+            every = alternate(list(runs.values()), settings.blocks, settings.min_time)
+        times = dict(zip(runs, every, strict=True))
+        base, own = times.pop("plain"), times.pop("own")
         found[mode] = {
             "µs": statistics.median(own) * 1e6,
             "of plain": 1 / gain(base, own),
-            **dict(zip(("over loop", "over compiled loop"), [gain(o, own) for o in others],
-                       strict=False)),
-        }  # fmt: skip
+            **{name: gain(other, own) for name, other in times.items()},
+        }
     return found
+
+
+def text_of(found: dict[str, float], columns: list[str]) -> str:
+    """A mode's columns of the table's row."""
+    cells = [f"{found['of plain']:.2f}"]
+    cells += [f"{found[name]:.1f}x" if name in found else "" for name in columns]
+    return "".join([f"{cell:>9}" for cell in cells])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,22 +232,28 @@ def main(argv: list[str] | None = None) -> int:
         "fastcell": fastcell.info(), "threads": torch.get_num_threads(), "rows": [],
     }  # fmt: skip
     print(f"fastcell {fastcell.__version__}, {torch.get_num_threads()} threads")
-    print("time by that of the plain cell (times faster than a loop over torch's operations)\n")
-    print(f"{'':38}{'inference':>20}{'training':>20}")
+    print(
+        "time by that of the plain cell; how many times faster than a loop over torch's operations"
+    )
+    columns = ["over loop"] + ["over compiled loop"] * options.compile
+    columns_of = {"inference": columns + ["over onnxruntime"] * options.onnx, "training": columns}
+    titles = {"over loop": "loop", "over compiled loop": "compiled", "over onnxruntime": "ort"}
+    heads = [["plain", *[titles[c] for c in wanted]] for wanted in columns_of.values()]
+    widths = [9 * len(head) for head in heads]
+    print(f"\n{'':38}{'inference':>{widths[0]}}{'training':>{widths[1]}}")
+    print(f"{'':38}" + "".join([f"{name:>9}" for head in heads for name in head]))
+    settings = Settings(options.blocks, options.min_time, options.compile, options.onnx)
     for shape in shapes:
         for variant in VARIANTS:
             if options.only and options.only not in variant.name:
                 continue
-            found = row(variant, shape, options.compile, options.blocks, options.min_time)
+            found = row(variant, shape, settings)
             document["rows"].append(
                 {"base": variant.base, "variant": variant.name, "shape": shape, **found}
             )
-            texts = [
-                f"{f['of plain']:.2f}" + (f" ({f['over loop']:.1f}x)" if "over loop" in f else "")
-                for f in found.values()
-            ]
+            texts = [text_of(found[mode], wanted) for mode, wanted in columns_of.items()]
             label = f"{variant.base} {variant.name} {':'.join(map(str, shape))}"
-            print(f"{label:38}" + "".join([f"{text:>20}" for text in texts]), flush=True)
+            print(f"{label:38}" + "".join(texts), flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(document, file, indent=2)

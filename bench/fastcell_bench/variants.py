@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,14 @@ from fastcell_bench.cases import TABLE, parse_shape
 from fastcell_bench.cli import positive, whole
 
 Run = Callable[[], object]
+
+
+class Peer(Protocol):
+    """What times its own calls, in another process."""
+
+    def block(self, seconds: float, /) -> float:
+        """Seconds per call, over a block of that length."""
+
 
 _DESCRIPTION = """\
 Inference: a layer in float32, in bfloat16, and quantized to bfloat16 and int8; how many times
@@ -59,22 +67,25 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def alternate(runs: Sequence[Run], blocks: int, min_time: float) -> list[list[float]]:
+def alternate(runs: Sequence[Run | Peer], blocks: int, min_time: float) -> list[list[float]]:
     """Seconds per call of each run, block by block."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
-        run()
+        if callable(run):
+            run()
     for _ in range(blocks):
         for run, found in zip(runs, times, strict=True):
-            begin = time.perf_counter()
-            count = 0
-            while True:
-                run()
-                count += 1
-                if (passed := time.perf_counter() - begin) >= min_time:
-                    break
-            found.append(passed / count)
+            found.append(_block(run, min_time) if callable(run) else run.block(min_time))
     return times
+
+
+def _block(run: Run, min_time: float) -> float:
+    begin, count = time.perf_counter(), 0
+    while True:
+        run()
+        count += 1
+        if (passed := time.perf_counter() - begin) >= min_time:
+            return passed / count
 
 
 def gain(first: list[float], other: list[float]) -> float:

@@ -18,13 +18,16 @@ FASTCELL_INLINE Bits mix(Bits x) {
   return x ^ (x >> 16);
 }
 
-// Of one row of one state of a layer and direction.
-FASTCELL_INLINE Bits row_key(Counter seed, Bits layer, Bits state, Counter row) {
+// Of one state of a layer and direction.
+FASTCELL_INLINE Bits state_key(Counter seed, Bits layer, Bits state) {
   Bits key = mix(Bits(seed));
   key = mix(key ^ Bits(seed >> 32));
-  key = mix(key ^ (2 * layer + state));
-  key = mix(key ^ Bits(row));
-  return mix(key ^ Bits(row >> 32));
+  return mix(key ^ (2 * layer + state));
+}
+
+// Of one row of that.
+FASTCELL_INLINE Bits row_key(Bits state_key, Counter row) {
+  return mix(mix(state_key ^ Bits(row)) ^ Bits(row >> 32));
 }
 
 // Of one unit: all 32-bit numbers with the same probability.

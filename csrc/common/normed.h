@@ -1,5 +1,4 @@
-// The plain structures of a layer with layer normalisation: one layer, one direction, after its
-// input terms have been computed and normalised.
+// The plain structures of a layer with layer normalisation: one layer, one direction.
 #pragma once
 
 #include "stack.h"
@@ -8,32 +7,38 @@ namespace fastcell {
 
 struct NormedCall {
   DType dtype;
+  int64_t features;
   int64_t hidden;
+  int64_t output;  // of h: hidden, or what the projection makes of it
   Timeline time;
   bool reverse;
-  const void* terms;              // (rows, G*H): the gates' input terms
-  const void* weights;            // (G*H, H)
-  const void* gain;               // (G*H), of the recurrent terms' norm
-  const void* bias;               // (G*H), added behind it, or null
+  const void* x;                  // (rows, features)
+  const void* weights[2];         // (G*H, features) of the input, (G*H, output) of h
+  const void* gains[2];           // (G*H), of their products' norms
+  const void* biases[2];          // (G*H), added behind them, or null
   const void* cell_norm;          // LSTM: (2, H), gain and bias of c's norm
-  const void* state[kMaxStates];  // (B, H), or null for zeros
+  const void* projection;         // (output, H), or null
+  const void* parameters;         // (parameters, H)
+  const void* state[kMaxStates];  // (B, .), or null for zeros
   void* final_state[kMaxStates];
   const uint8_t* reset;  // (rows), or null
-  void* y;               // (rows, H)
+  void* y;               // (rows, output)
   void* kept;            // (rows, kept elements): written forward, if there, and read backward
   void* workspace;
 };
 
-// What the backward call reads and writes besides.
+// What the backward call reads and writes besides; null: zero, or not asked for.
 struct NormedGradients {
-  const void* d_y;                  // (rows, H), or null
-  const void* d_final[kMaxStates];  // null: zero
+  const void* d_y;  // (rows, output)
+  const void* d_final[kMaxStates];
   void* d_state[kMaxStates];
-  void* d_terms;   // (rows, G*H)
-  void* d_sums;    // (rows, G*H): of the products with the weights, before their norm
-  void* d_normed;  // (rows, G*H): behind it
-  void* d_cell;    // LSTM: (rows, H): behind c's norm
-  void* before;    // (rows, H): h before each step
+  void* d_x;
+  void* d_weights[2];
+  void* d_gains[2];
+  void* d_biases[2];
+  void* d_cell_norm;
+  void* d_projection;
+  void* d_parameters;
 };
 
 }  // namespace fastcell

@@ -144,12 +144,12 @@ class Backward {
     T* d_c;
     const T* h_weights;
     const T* r_weights;
-    const T* parameters;   // (N, hidden)
-    const uint8_t* reset;  // or null
-    const uint64_t* seed;  // or null
-    const T* factors;      // of h in the recurrent product, (B, output), or null
-    int index;             // of layer and direction
-    const T* d_cells;      // this direction's columns, or null
+    const T* parameters;                   // (N, hidden)
+    const uint8_t* reset;                  // or null
+    const uint64_t* seed;                  // or null
+    const T* factors;                      // of h in the recurrent product, (B, output), or null
+    noise::Bits state_keys[Cell::states];  // of what zoneout draws
+    const T* d_cells;                      // this direction's columns, or null
     int64_t d_cells_stride;
     Panels<T> over_h;  // columns h_{t-1}
     Panels<T> over_m;  // columns m_t, projected only
@@ -432,7 +432,7 @@ class Backward {
           p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);
         }
         for (int i = 0; i < Cell::held; ++i) {
-          const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
+          const noise::Bits key = seed ? noise::row_key(state_keys[i], r) : 0;
           p_unit[N + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
         }
         Cell::backward(s.options, keep, p_unit, before, after, d_state, d_a);
@@ -625,7 +625,7 @@ class Backward {
                   call.extras.recurrent ? static_cast<const T*>(call.extras.recurrent) +
                                               flat(dir) * time.batch * s.output
                                         : nullptr,
-                  flat(dir),
+                  {},
                   call.d_cells ? static_cast<const T*>(call.d_cells) + dir * s.hidden : nullptr,
                   s.directions * s.hidden,
                   Panels<T>{1, s.output, G * s.hidden},
@@ -635,6 +635,9 @@ class Backward {
         d.initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
         d.d_final[i] = call.d_final[i] ? static_cast<const T*>(call.d_final[i]) + at : nullptr;
         d.d_initial[i] = call.d_state[i] ? static_cast<T*>(call.d_state[i]) + at : nullptr;
+        const auto layer_and_direction = noise::Bits(flat(dir));
+        d.state_keys[i] =
+            d.seed ? noise::state_key(*d.seed, layer_and_direction, noise::Bits(i)) : 0;
       }
       return d;
     }

@@ -1,7 +1,6 @@
 // What the CPU engine offers to the bindings: one table of functions per instruction set.
 #pragma once
 
-#include "../common/normed.h"
 #include "../common/stack.h"
 #include "../common/tree.h"
 #include "team.h"
@@ -47,20 +46,7 @@ struct TreeKernels {
   const TreeCellKernels* cells[kDTypes];
 };
 
-// The kernels of one cell with layer normalisation at one dtype.
-struct NormedKernels {
-  const char* name;
-  int gates, states;
-  int64_t (*kept_elements)(int64_t hidden);  // of a row
-  int64_t (*workspace)(const NormedCall&, bool backward, int threads);
-  void (*run)(const NormedCall&, const NormedGradients*, const Team&);  // null: forward
-};
-
-struct NormedTable {
-  int count;
-  const NormedKernels* cells[kDTypes];
-};
-
+struct NormedTable;       // normed_table.h
 struct ReservoirKernels;  // reservoir_call.h
 
 struct Kernels {

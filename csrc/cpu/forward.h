@@ -364,10 +364,10 @@ class Forward {
   const T* const factors;      // of h in the product, (B, output), or null
   T* const masked;
   const T* const zeros;
-  const int index;     // of layer and direction
   const bool hoisted;  // the projections of a chunk of steps before the steps
   const T* initial[Cell::states];
   T* final_state[Cell::states];
+  noise::Bits state_keys[Cell::states];  // of what zoneout draws
 
   Forward(const ForwardCall& call, const Buffers& buffers, const Team& team, const Place& place,
           const Packed& w, const Input& x, int layer, int dir)
@@ -409,7 +409,6 @@ class Forward {
                     : nullptr),
         masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
         zeros(buffers.zeros),
-        index(layer * s.directions + dir),
         hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
@@ -418,10 +417,12 @@ class Forward {
     kept_cell_output = reserve && s.projected
                            ? reserve + layout.cell_output_at(s, layer, dir, time.rows)
                            : nullptr;
+    const int index = layer * s.directions + dir;
     for (int i = 0; i < Cell::states; ++i) {
-      const int64_t at = (int64_t(layer) * s.directions + dir) * time.batch * s.state_size(i);
+      const int64_t at = int64_t(index) * time.batch * s.state_size(i);
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
       final_state[i] = static_cast<T*>(call.final_state[i]) + at;
+      state_keys[i] = seed ? noise::state_key(*seed, noise::Bits(index), noise::Bits(i)) : 0;
     }
   }
 
@@ -769,7 +770,7 @@ class Forward {
       for (V& one : state) one = V(0);
     }
     for (int i = 0; i < Cell::held; ++i) {
-      const noise::Bits key = seed ? noise::row_key(*seed, index, i, r) : 0;
+      const noise::Bits key = seed ? noise::row_key(state_keys[i], r) : 0;
       p[Cell::parameters + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
     }
     Cell::forward(s.options, a, p, state, keep);

@@ -1,23 +1,34 @@
 // Compiled once per instruction set, as kernels.cpp.
 #include "../cells/normed.h"
-#include "engine.h"
-#include "normed.h"
+#include "normed_backward.h"
+#include "normed_forward.h"
+#include "normed_table.h"
 
 namespace fastcell::FASTCELL_ISA {
 namespace {
 
 template <class T, template <class> class CellOf>
 constexpr NormedKernels normed_kernels_of(const char* name) {
-  using Engine = Normed<T, CellOf>;
+  using Forward = NormedForward<T, CellOf>;
+  using Backward = NormedBackward<T, CellOf>;
   using Cell = CellOf<Vec<T>>;
-  return {name,       Cell::gates, Cell::states, Engine::kept_elements, Engine::workspace_bytes,
-          Engine::run};
+  return {name,
+          [](int64_t hidden, bool projected) {
+            return NormedLayout<Cell, Vec<T>::lanes>{hidden, projected}.elements();
+          },
+          Forward::workspace_bytes,
+          Backward::workspace_bytes,
+          Forward::run,
+          Backward::run};
 }
 
 // One line per cell.
 template <class T>
 constexpr NormedKernels normed_cells_of[] = {
     normed_kernels_of<T, cells::NormedLstm>("lstm"),
+    normed_kernels_of<T, cells::NormedLstmPeephole>("lstm_peephole"),
+    normed_kernels_of<T, cells::NormedLstmCoupled>("lstm_coupled"),
+    normed_kernels_of<T, cells::NormedLstmCoupledPeephole>("lstm_coupled_peephole"),
     normed_kernels_of<T, cells::NormedGru>("gru"),
 };
 

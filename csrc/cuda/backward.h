@@ -25,6 +25,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   const E* const d_y = p.d_y ? static_cast<const E*>(p.d_y) + block.direction * p.output : nullptr;
   const R* const gates = static_cast<const R*>(side.gates);
   const R* const cells = static_cast<const R*>(side.cells);
+  const R* const d_cells = static_cast<const R*>(side.d_cells);
   E* const d_gates = static_cast<E*>(side.d_gates);
   constexpr int kColumns = kGates + kApart + C::parameters;
   const int d_stride = kColumns * p.hidden;
@@ -104,7 +105,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   for (; s < p.end; ++s) {
     const Index t = time(s);
     const int slot = int(s & 1);
-    if (s > p.begin && !(right = block.await())) break;
+    if (!(right = block.await())) break;
     if (kSecond && (p.stages & kOutput)) {
       // All but what comes back through the second product.
       block.multiply(slot);
@@ -226,6 +227,10 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
           const V before[2] = {V(given.h_before), V(given.c_before)};
           const V after[2] = {V(given.h_after), V(given.c_after)};
           V d_state[2] = {V(d_h), V(pair.c)};
+          if (C::states > 1 && side.d_cells) {
+            const Index row = row_of(p, t, pair.sample);
+            d_state[1] = d_state[1] + V(d_cells[row * p.directions * p.hidden + pair.index]);
+          }
           V parameters[C::parameters + C::held + 1];
           load_parameters<C>(block, row_of(p, t, pair.sample), pair.index, parameters);
           C::backward(p.options, saved, parameters, before, after, d_state, d_a);
@@ -279,6 +284,7 @@ FASTCELL_KERNEL backward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     }
     keep_pair(block, pairs[i]);
   }
+  if (p.end < p.steps) block.hand_over(int(p.end & 1), kFirst);
   block.end();
 }
 

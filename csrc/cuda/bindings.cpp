@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../cell_options.h"
+#include "../pointers.h"
 #include "plan.h"
 #include "run.h"
 
@@ -16,27 +17,25 @@ namespace {
 
 using cuda::Plan;
 using cuda::Sweep;
-using Pointer = std::uintptr_t;
-
-void* at(Pointer p) { return reinterpret_cast<void*>(p); }
 
 // The members of Side, in their order; 0 for null.
-constexpr size_t kSidePointers = 16;
+constexpr size_t kSidePointers = 17;
 cuda::Side side_of(const std::array<Pointer, kSidePointers>& p) {
-  return {at(p[0]),
-          at(p[1]),
-          at(p[2]),
-          at(p[3]),
-          at(p[4]),
-          at(p[5]),
-          {at(p[6]), at(p[7])},
-          at(p[8]),
-          at(p[9]),
-          at(p[10]),
-          {at(p[11]), at(p[12])},
-          at(p[13]),
-          at(p[14]),
-          at(p[15]),
+  return {as(p[0]),
+          as(p[1]),
+          as(p[2]),
+          as(p[3]),
+          as(p[4]),
+          as(p[5]),
+          {as(p[6]), as(p[7])},
+          as(p[8]),
+          as(p[9]),
+          as(p[10]),
+          {as(p[11]), as(p[12])},
+          as(p[13]),
+          as(p[14]),
+          as(p[15]),
+          as(p[16]),
           nullptr};
 }
 
@@ -63,8 +62,12 @@ void bind_cuda(py::module_& module) {
       .def_readonly("unit_blocks", &Plan::unit_blocks)
       .def_readonly("tiles", &Plan::tiles)
       .def_readonly("tiles_at_once", &Plan::tiles_at_once)
+      .def_readonly("at_once", &Plan::at_once)
+      .def_readonly("time", &Plan::time)
       .def_readonly("width", &Plan::width)
       .def_readonly("projected_width", &Plan::projected_width)
+      .def_readonly("stride", &Plan::stride)
+      .def_readonly("projected_stride", &Plan::projected_stride)
       .def_readonly("shared", &Plan::shared)
       .def_property_readonly("kernel", &Plan::kernel)
       .def(
@@ -73,7 +76,8 @@ void bind_cuda(py::module_& module) {
              const std::vector<std::array<Pointer, kSidePointers>>& sides, Pointer flags,
              Pointer offsets, Pointer lengths, Pointer reset, Pointer seed,
              const CellOptionsTuple& options, int layer, int gate_stride, Pointer y, Pointer d_y,
-             bool keep, bool finish, Pointer status, long long patience) {
+             bool keep, bool finish, Pointer status, long long patience, long long begin,
+             long long end) {
             if (int(sides.size()) != plan.sizes.directions) {
               throw std::invalid_argument("one side per direction");
             }
@@ -81,31 +85,32 @@ void bind_cuda(py::module_& module) {
             for (size_t d = 0; d < sides.size(); ++d) {
               sweep.side[d] = side_of(sides[d]);
               sweep.side[d].flags =
-                  static_cast<int*>(at(flags)) + d * size_t(plan.tiles) * size_t(plan.unit_blocks);
+                  as<int>(flags) + d * size_t(plan.tiles) * size_t(plan.unit_blocks);
             }
-            sweep.offsets = static_cast<const long long*>(at(offsets));
-            sweep.lengths = static_cast<const long long*>(at(lengths));
-            sweep.reset = static_cast<const unsigned char*>(at(reset));
-            sweep.seed = static_cast<const unsigned long long*>(at(seed));
+            sweep.offsets = as<const long long>(offsets);
+            sweep.lengths = as<const long long>(lengths);
+            sweep.reset = as<const unsigned char>(reset);
+            sweep.seed = as<const unsigned long long>(seed);
             sweep.options = cell_options(options);
             for (int i = 0; i < 2; ++i) {
               sweep.held_below[i] = noise::threshold(sweep.options.zoneout[i]);
             }
             sweep.layer = layer;
             sweep.gate_stride = gate_stride;
-            sweep.y = at(y);
-            sweep.d_y = at(d_y);
+            sweep.y = as(y);
+            sweep.d_y = as(d_y);
             sweep.keep = keep;
             sweep.finish = finish;
-            sweep.status = static_cast<int*>(at(status));
+            sweep.status = as<int>(status);
             sweep.patience = patience;
             py::gil_scoped_release release;
-            cuda::run(plan, sweep, at(stream));
+            cuda::run(plan, sweep, begin, end, as(stream));
           },
           py::arg("stream"), py::arg("sides"), py::arg("flags"), py::arg("offsets"),
           py::arg("lengths"), py::arg("reset"), py::arg("seed"), py::arg("options"),
           py::arg("layer"), py::arg("gate_stride"), py::arg("y"), py::arg("d_y"), py::arg("keep"),
-          py::arg("finish"), py::arg("status"), py::arg("patience"));
+          py::arg("finish"), py::arg("status"), py::arg("patience"), py::arg("begin"),
+          py::arg("end"));
 
   module.def(
       "cuda_cell",
@@ -131,6 +136,7 @@ void bind_cuda(py::module_& module) {
         return d;
       },
       py::arg("device"), "What a device offers to a kernel.");
+  bind_cuda_trees(module);
   bind_cuda_normed(module);
 }
 

@@ -5,5 +5,6 @@
 
 namespace fastcell {
 void bind_cuda(pybind11::module_& module);
-void bind_cuda_normed(pybind11::module_& module);  // by the other
-}
+void bind_cuda_trees(pybind11::module_& module);  // (parts of it)
+void bind_cuda_normed(pybind11::module_& module);
+}  // namespace fastcell

@@ -38,7 +38,8 @@ struct Block {
   const int rows, units;
   const Index first_sample, first_unit;
   const SharedLayout layout;
-  int published = 0;
+  int published;
+  bool arrived = false;  // at the cluster's barrier, and has not waited there yet
   Bytes16 held[kHeld > 0 ? kHeld : 1][Groups];
 
   explicit FASTCELL_INLINE Block(const Sweep& sweep)
@@ -51,9 +52,10 @@ struct Block {
         units(sweep.unit_warps * kGroup),
         first_sample(Index(tile) * rows),
         first_unit(Index(rank) * units),
-        layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width,
-               sweep.projected_width, Place::resident, Place::cluster, Groups, kHeld, sizeof(E),
-               sizeof(R)) {}
+        layout(sweep.row_warps, sweep.unit_warps, sweep.k_warps, sweep.width, sweep.projected_width,
+               Place::resident, Place::cluster, Groups, kHeld, sizeof(E), sizeof(R)),
+        // (By the launches before this one: flags count on.)
+        published(int(sweep.begin) * (sweep.projected_width ? 2 : 1)) {}
 
   // Brings in what stays for all steps.
   FASTCELL_INLINE void begin() {
@@ -64,23 +66,32 @@ struct Block {
            layout.projection);
     }
     if constexpr (Place::cluster) {
-      const Index bytes = Index(rows) * p.width * Index(sizeof(E));
+      const Index bytes = Index(rows) * stride(p.width) * Index(sizeof(E));
       for (int slot = 0; slot < 2; ++slot) {
         fill(shared_memory() + layout.hidden + slot * bytes, exchanged(slot), bytes);
       }
       fill(shared_memory() + layout.projected, side.exchange_projected,
-           Index(rows) * p.projected_width * Index(sizeof(E)));
-      cluster_barrier();  // no block may write here before that
+           Index(rows) * stride(p.projected_width) * Index(sizeof(E)));
+      arrive();  // no block may write here before that
     } else {
       block_barrier();
     }
   }
+  // Leaves what was published last, in `slot`, where the next launch's begin() looks for it.
+  FASTCELL_INLINE void hand_over(int slot, int each) const {
+    if constexpr (Place::cluster) {
+      const char* from = reinterpret_cast<const char*>(hidden(slot));
+      char* to = reinterpret_cast<char*>(exchanged(slot));
+      own_pieces(p.width, each, [&](Index at) { store16(to + at, load16(from + at)); });
+    }
+  }
   // A block of a cluster must not end while another writes to its memory.
   FASTCELL_INLINE void end() {
-    if constexpr (Place::cluster) cluster_barrier();
+    if (arrived) await();
   }
 
-  // --- pairs --------------------------------------------------------------------------------------
+  // --- pairs
+  // --------------------------------------------------------------------------------------
 
   // Pair i of this thread, if the block has it: sample and unit within the block's.
   FASTCELL_INLINE bool pair(int i, int& row, int& unit) const {
@@ -107,7 +118,8 @@ struct Block {
     }
   }
 
-  // --- products -----------------------------------------------------------------------------------
+  // --- products
+  // -----------------------------------------------------------------------------------
 
   // With what was exchanged in `slot`, by the recurrent weights: the sums of Groups columns per
   // unit. Begins and ends with what the threads of the block must wait for.
@@ -127,28 +139,32 @@ struct Block {
     }
   }
 
-  // --- exchange -----------------------------------------------------------------------------------
+  // --- exchange
+  // -----------------------------------------------------------------------------------
 
   // Where the operand k of a sample (of the block's) lies for the product after this one.
   FASTCELL_INLINE E* to_publish(int slot, int row) const {
-    if constexpr (Place::cluster) return hidden(slot) + Index(row) * p.width;
-    return exchanged(slot) + Index(row) * p.width;
+    if constexpr (Place::cluster) return hidden(slot) + Index(row) * stride(p.width);
+    return exchanged(slot) + Index(row) * stride(p.width);
   }
   FASTCELL_INLINE E* to_publish_projected(int row) const {
-    if constexpr (Place::cluster) return projected() + Index(row) * p.projected_width;
-    return exchanged_projected() + Index(row) * p.projected_width;
+    if constexpr (Place::cluster) return projected() + Index(row) * stride(p.projected_width);
+    return exchanged_projected() + Index(row) * stride(p.projected_width);
   }
 
-  // Says that this block's part, `each` numbers per unit, is written.
-  FASTCELL_INLINE void publish(int slot, int each) {
-    send(hidden(slot), p.width, each);
-  }
+  // Says that this block's part, `each` numbers per unit, is written. Between this and await() is
+  // time for what needs nothing of the other blocks.
+  FASTCELL_INLINE void publish(int slot, int each) { send(hidden(slot), p.width, each); }
   FASTCELL_INLINE void publish_projected() { send(projected(), p.projected_width, 1); }
 
-  // Waits for all blocks of the tile to have published as often as this one. False if that took
-  // too long: something is wrong, and nothing after it can be right.
+  // Waits for all blocks of the tile to have published as often as this one, or to have begun.
+  // False if that took too long: something is wrong, and nothing after it can be right.
   FASTCELL_INLINE bool await() {
-    if constexpr (Place::resident && !Place::cluster) {
+    if constexpr (Place::cluster) {
+      cluster_wait();
+      arrived = false;
+      return true;
+    } else if constexpr (Place::resident) {
       const int* flags = side.flags + Index(tile) * p.unit_blocks;
 #pragma unroll 1
       for (int i = thread(); i < p.unit_blocks; i += kThreads) {
@@ -169,6 +185,14 @@ struct Block {
   }
 
  private:
+  static FASTCELL_INLINE Index stride(int width) {
+    return row_stride(width, sizeof(E), Place::cluster);
+  }
+  FASTCELL_INLINE void arrive() {
+    cluster_arrive();
+    arrived = true;
+  }
+
   struct PlainLoad {
     FASTCELL_INLINE Bytes16 operator()(const char* at) const { return load16(at); }
   };
@@ -180,16 +204,18 @@ struct Block {
     return reinterpret_cast<int*>(shared_memory() + layout.stopped);
   }
   FASTCELL_INLINE E* hidden(int slot) const {
-    return reinterpret_cast<E*>(shared_memory() + layout.hidden) + Index(slot) * rows * p.width;
+    return reinterpret_cast<E*>(shared_memory() + layout.hidden) +
+           Index(slot) * rows * stride(p.width);
   }
   FASTCELL_INLINE E* projected() const {
     return reinterpret_cast<E*>(shared_memory() + layout.projected);
   }
   FASTCELL_INLINE E* exchanged(int slot) const {
-    return static_cast<E*>(side.exchange) + (Index(slot) * p.tiles + tile) * rows * p.width;
+    return static_cast<E*>(side.exchange) + (Index(slot) * p.tiles + tile) * rows * stride(p.width);
   }
   FASTCELL_INLINE E* exchanged_projected() const {
-    return static_cast<E*>(side.exchange_projected) + Index(tile) * rows * p.projected_width;
+    return static_cast<E*>(side.exchange_projected) +
+           Index(tile) * rows * stride(p.projected_width);
   }
   // The block's part of packed weights: for each 8 of its units all chunks of k, N groups each.
   FASTCELL_INLINE const char* packed_at(const void* weights, int width, int N) const {
@@ -256,14 +282,14 @@ struct Block {
   FASTCELL_INLINE void multiply(const Load& load, const E* operand) const {
     const Part own = part(p.width);
     const char* rows_at = row_at(own, operand, p.width);
-    const Index row_bytes = Index(p.width) * Index(sizeof(E));
+    const Index row_bytes = stride(p.width) * Index(sizeof(E));
     R sums[Groups][4] = {};
     const char* weights;  // of chunk 0
     if constexpr (Place::resident) {
       const Index left = SharedLayout::each_chunks(p.width, sizeof(E), p.k_warps) - kHeld;
-      weights = shared_memory() + ((Index(own.unit_warp) * p.k_warps + own.k_part) * left -
-                                   own.first - kHeld) *
-                                      (Groups * kChunkWeights);
+      weights = shared_memory() +
+                ((Index(own.unit_warp) * p.k_warps + own.k_part) * left - own.first - kHeld) *
+                    (Groups * kChunkWeights);
     } else {
       weights = packed_at(side.weights, p.width, Groups) + chunk_at(own, 0);
     }
@@ -283,7 +309,7 @@ struct Block {
   template <class Load>
   FASTCELL_INLINE void multiply_projected(const Load& load, const E* operand) const {
     const Part own = part(p.projected_width);
-    const Index row_bytes = Index(p.projected_width) * Index(sizeof(E));
+    const Index row_bytes = stride(p.projected_width) * Index(sizeof(E));
     R sums[1][4] = {};
     const char* all = Place::resident ? shared_memory() + layout.weights
                                       : packed_at(side.projection, p.projected_width, 1);
@@ -294,7 +320,7 @@ struct Block {
 
   FASTCELL_INLINE const char* row_at(const Part& own, const E* operand, int width) const {
     return reinterpret_cast<const char*>(operand + Index(own.row_warp * kWarpRows + (lane() >> 2)) *
-                                                       width);
+                                                       stride(width));
   }
 
   template <int N, class Load>
@@ -326,25 +352,33 @@ struct Block {
     block_barrier();
   }
 
+  // Where this block's part of what is exchanged lies, 16 bytes for 16 bytes, `each` numbers per
+  // unit: f(bytes from the begin of the first row).
+  template <class F>
+  FASTCELL_INLINE void own_pieces(int width, int each, const F& f) const {
+    const Index row_bytes = Index(width) * Index(sizeof(E));
+    const Index begin = first_unit * each * Index(sizeof(E));
+    const int pieces = int(Index(units) * each * Index(sizeof(E)) / 16);
+#pragma unroll 1
+    for (int i = thread(); i < rows * pieces; i += kThreads) {
+      const Index at = begin + Index(i % pieces) * 16;
+      // (Not units that do not exist.)
+      if (at < row_bytes) f(Index(i / pieces) * stride(width) * Index(sizeof(E)) + at);
+    }
+  }
+
   FASTCELL_INLINE void send(E* operand, int width, int each) {
     block_barrier();
     if constexpr (Place::cluster) {
-      const Index row_bytes = Index(width) * Index(sizeof(E));
-      const Index begin = first_unit * each * Index(sizeof(E));
-      const Index slice = Index(units) * each * Index(sizeof(E));
-      const int pieces = int(slice / 16);
-#pragma unroll 1
-      for (int i = thread(); i < rows * pieces; i += kThreads) {
-        const Index at = begin + Index(i % pieces) * 16;
-        if (at >= row_bytes) continue;  // units that do not exist
-        char* from = reinterpret_cast<char*>(operand) + Index(i / pieces) * row_bytes + at;
+      own_pieces(width, each, [&](Index at) {
+        char* from = reinterpret_cast<char*>(operand) + at;
         const Bytes16 piece = load16(from);
 #pragma unroll 1
         for (int other = 0; other < p.unit_blocks; ++other) {
           if (other != rank) store16_remote(from, other, piece);
         }
-      }
-      cluster_barrier();
+      });
+      arrive();
     } else if constexpr (Place::resident) {
       // The barrier above orders the block's writes before this flag.
       ++published;

@@ -4,8 +4,8 @@
 //   thread(), lane(), block(axis)      who runs
 //   shared_memory()                    the block's dynamic shared memory
 //   block_barrier(), warp_barrier()    wait for all threads of the block, of the warp
-//   cluster_rank(), cluster_barrier(), store16_remote()
-//                                      the blocks of a cluster and their shared memories
+//   cluster_rank(), store16_remote()   the blocks of a cluster and their shared memories
+//   cluster_arrive(), cluster_wait()   a barrier of their threads, in two halves
 //   load16(), store16()                16 bytes at an address that is a multiple of 16
 //   load16_fresh()                     the same from global memory that other blocks write
 //   load_acquire(), store_release()    a flag between blocks of the device

@@ -1,14 +1,15 @@
 // device.h as threads of this machine, so that the kernels can be tested without a GPU.
 //
 // A block is one thread of the system, the threads of a block are fibers of it, which give way to
-// each other where they wait. Under ThreadSanitizer nothing orders what two threads do, of one block
-// or of two, but what does so on a GPU: barriers, flags, the begin and the end of a launch. Not the
-// fibers' turns, not that blocks run one after another, not a product of the tensor cores.
+// each other where they wait. Under ThreadSanitizer nothing orders what two threads do, of one
+// block or of two, but what does so on a GPU: barriers, flags, the begin and the end of a launch.
+// Not the fibers' turns, not that blocks run one after another, not a product of the tensor cores.
 #pragma once
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "../common/portable.h"
 
@@ -32,13 +33,15 @@ namespace emulated {
 
 constexpr int kWarp = 32;
 
-// Waiting of a fixed number of fibers for each other: wait() orders what they did before it and what
-// they do after, meet() does not.
+// Waiting of a fixed number of fibers for each other: wait() orders what they did before it and
+// what they do after, meet() does not. wait() is arrive() and, given what that returned, await().
 struct Barrier {
   std::atomic<int> arrived{0};
   std::atomic<int> passed{0};
   void wait(int count);
   void meet(int count);
+  int arrive(int count);
+  void await(int before);
 };
 
 struct Block;
@@ -57,6 +60,7 @@ struct Block {
   Bits32 fragments[kWarp][kWarp][6];  // of each warp and lane: what its product takes
   Cluster* cluster;
   int rank;
+  std::vector<int> before;  // of each thread: what it waits for at the cluster's barrier
 };
 
 extern thread_local Block* current_block;
@@ -77,9 +81,7 @@ inline int lane() { return thread() % emulated::kWarp; }
 inline int block(int axis) { return this_block().index[axis]; }
 inline char* shared_memory() { return this_block().shared; }
 inline void block_barrier() { this_block().barrier.wait(this_block().threads); }
-inline void warp_barrier() {
-  this_block().warps[thread() / emulated::kWarp].wait(emulated::kWarp);
-}
+inline void warp_barrier() { this_block().warps[thread() / emulated::kWarp].wait(emulated::kWarp); }
 
 inline Bytes16 load16(const void* p) {
   Bytes16 v;
@@ -98,9 +100,13 @@ inline int load_system(const int* p) { return __atomic_load_n(p, __ATOMIC_RELAXE
 inline void store_system(int* p, int v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 
 inline int cluster_rank() { return this_block().rank; }
-inline void cluster_barrier() {
+inline void cluster_arrive() {
   emulated::Cluster& cluster = *this_block().cluster;
-  cluster.barrier.wait(cluster.size * this_block().threads);
+  this_block().before[size_t(thread())] =
+      cluster.barrier.arrive(cluster.size * this_block().threads);
+}
+inline void cluster_wait() {
+  this_block().cluster->barrier.await(this_block().before[size_t(thread())]);
 }
 inline void store16_remote(void* p, int rank, Bytes16 v) {
   emulated::Block& self = this_block();
@@ -138,7 +144,8 @@ inline float widen_float16(Bits16 h) {
 // d += a b, fragments as PTX has them; `pair` multiplies what 32 bits hold. The lanes wait for each
 // other, but what they read and write is not ordered by it.
 template <class Pair>
-FASTCELL_UNOBSERVED inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2], const Pair& pair) {
+FASTCELL_UNOBSERVED inline void mma(float (&d)[4], const Bits32 (&a)[4], const Bits32 (&b)[2],
+                                    const Pair& pair) {
   const int warp = thread() / emulated::kWarp;
   auto& lanes = this_block().fragments[warp];
   for (int i = 0; i < 4; ++i) lanes[lane()][i] = a[i];

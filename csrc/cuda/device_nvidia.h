@@ -57,18 +57,18 @@ FASTCELL_INLINE void store_release(int* p, int v) {
 FASTCELL_INLINE int load_system(const int* p) { return *static_cast<const volatile int*>(p); }
 FASTCELL_INLINE void store_system(int* p, int v) { *static_cast<volatile int*>(p) = v; }
 
-
 #if __CUDA_ARCH__ >= 900
 FASTCELL_INLINE int cluster_rank() {
   Bits32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
 }
-// What was written before, to the cluster's shared memories too, is seen by all after it.
-FASTCELL_INLINE void cluster_barrier() {
-  // (Not .aligned: the lanes of a warp may come here one by one.)
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+// What was written before the one, to the cluster's shared memories too, is seen by all after the
+// other. (Not .aligned: the lanes of a warp may come here one by one.)
+FASTCELL_INLINE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+FASTCELL_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // At the address in the shared memory of block `rank` that `p` is in one's own.
 FASTCELL_INLINE void store16_remote(void* p, int rank, Bytes16 v) {
   Bits32 remote;
@@ -81,7 +81,8 @@ FASTCELL_INLINE void store16_remote(void* p, int rank, Bytes16 v) {
 }
 #else  // no clusters: kernel_names.py has no kernels for them
 FASTCELL_INLINE int cluster_rank() { return 0; }
-FASTCELL_INLINE void cluster_barrier() {}
+FASTCELL_INLINE void cluster_arrive() {}
+FASTCELL_INLINE void cluster_wait() {}
 FASTCELL_INLINE void store16_remote(void*, int, Bytes16) {}
 #endif
 

@@ -16,7 +16,7 @@ struct EmbeddedModule {
   int capability;            // 90
   bool exact;                // runs on that capability alone
   bool ptx;                  // for the driver to compile; runs on every later one, too
-  const char* image;  // compressed (xz); inflate.h
+  const char* image;         // compressed (xz); inflate.h
   std::size_t bytes;
   const EmbeddedKernel* kernels;
   std::size_t kernel_count;

@@ -52,8 +52,9 @@ FASTCELL_INLINE void load_parameters(const Block& block, Index row, Index unit, 
   for (int i = 0; i < C::held; ++i) {
     to[C::parameters + i] = V(typename V::Number(p.options.zoneout[i]));
     if (p.seed && p.held_below[i]) {
-      const auto key = noise::row_key(*p.seed, noise::Bits(p.layer + block.direction),
-                                      noise::Bits(i), noise::Counter(row));
+      const auto own =
+          noise::state_key(*p.seed, noise::Bits(p.layer + block.direction), noise::Bits(i));
+      const auto key = noise::row_key(own, noise::Counter(row));
       to[C::parameters + i] = V(noise::draw(key, noise::Bits(unit)) < p.held_below[i] ? 1 : 0);
     }
   }
@@ -66,9 +67,9 @@ FASTCELL_INLINE bool begins_anew(const Sweep& p, Index row) { return p.reset && 
 template <class Block>
 FASTCELL_INLINE typename Block::R factor_of(const Block& block,
                                             const Pair<typename Block::R>& pair) {
-  const auto* factors = static_cast<const typename Block::E*>(block.side.factors);
+  const auto* factors = static_cast<const typename Block::R*>(block.side.factors);
   if (!factors) return 1;
-  return widen(factors[pair.sample * block.p.output + pair.index]);
+  return factors[pair.sample * block.p.output + pair.index];
 }
 
 template <class Block>
@@ -173,7 +174,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
   for (; s < p.end; ++s) {
     const Index t = time(s);
     const int slot = int(s & 1);
-    if (s > p.begin && !block.await()) break;
+    if (!block.await()) break;
     if (p.stages & kCell) {
       if constexpr (C::recurrent) block.multiply(slot);
       if (!kAhead) look_ahead(s);
@@ -302,6 +303,7 @@ FASTCELL_KERNEL forward(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     }
     keep_pair(block, pairs[i]);
   }
+  if (p.end < p.steps) block.hand_over(int(p.end & 1), 1);
   block.end();
 }
 

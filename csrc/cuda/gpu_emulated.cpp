@@ -103,8 +103,8 @@ class Runner {
 #endif
   }
 
-  // Orders all that the block's threads did before what the caller does. (Not before that has a team
-  // another block: two blocks of a launch would be the same threads.)
+  // Orders all that the block's threads did before what the caller does. (Not before that has a
+  // team another block: two blocks of a launch would be the same threads.)
   void end() {
     if (!gone_.load(std::memory_order_acquire)) std::terminate();
     if (team_) teams.give(block_.threads, std::move(team_));
@@ -207,7 +207,8 @@ const EmulatedKernel& kernel_named(const char* name) {
 struct Shared {
   explicit Shared(size_t bytes) : memory(new char[bytes + 128]) {}
   char* aligned() const {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) & ~uintptr_t(127));
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) &
+                                   ~uintptr_t(127));
   }
   std::unique_ptr<char[]> memory;
 };
@@ -220,7 +221,7 @@ namespace {
 // `passed` is released by the last alone and acquired before the next wait: no thread can learn of
 // what another did after the barrier.
 template <bool orders>
-void wait_for(Barrier& barrier, int count) {
+int arrive_at(Barrier& barrier, int count) {
   constexpr auto release = orders ? std::memory_order_release : std::memory_order_relaxed;
   constexpr auto acquire = orders ? std::memory_order_acquire : std::memory_order_relaxed;
   const int before = barrier.passed.load(std::memory_order_relaxed);
@@ -228,15 +229,21 @@ void wait_for(Barrier& barrier, int count) {
     barrier.arrived.load(acquire);
     barrier.arrived.store(0, std::memory_order_relaxed);
     barrier.passed.fetch_add(1, release);
-  } else {
-    while (barrier.passed.load(std::memory_order_relaxed) == before) emulated::give_way();
-    barrier.passed.load(acquire);
   }
+  return before;
+}
+template <bool orders>
+void wait_at(Barrier& barrier, int before) {
+  constexpr auto acquire = orders ? std::memory_order_acquire : std::memory_order_relaxed;
+  while (barrier.passed.load(std::memory_order_relaxed) == before) emulated::give_way();
+  barrier.passed.load(acquire);
 }
 }  // namespace
 
-void Barrier::wait(int count) { wait_for<true>(*this, count); }
-void Barrier::meet(int count) { wait_for<false>(*this, count); }
+void Barrier::wait(int count) { await(arrive(count)); }
+void Barrier::meet(int count) { wait_at<false>(*this, arrive_at<false>(*this, count)); }
+int Barrier::arrive(int count) { return arrive_at<true>(*this, count); }
+void Barrier::await(int before) { wait_at<true>(*this, before); }
 
 void pretend(const Limits& limits) { pretended = limits; }
 
@@ -256,8 +263,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
   const int total = int(launch.grid[0] * launch.grid[1] * launch.grid[2]);
   const int size = int(launch.cluster);
   if (int(launch.shared) > pretended.shared_per_block || launch.grid[0] % launch.cluster != 0 ||
-      launch.grid[1] > 65535 || launch.grid[2] > 65535 ||
-      size > pretended.max_cluster ||
+      launch.grid[1] > 65535 || launch.grid[2] > 65535 || size > pretended.max_cluster ||
       (launch.cooperative && total > resident_blocks(device, launch))) {
     throw std::runtime_error(std::string("a GPU would refuse this launch of ") + launch.kernel);
   }
@@ -277,6 +283,7 @@ void launch(int device, const Launch& launch, const void* parameter) {
     block.shared = shared.back().aligned();
     block.cluster = &clusters[size_t(i / size)];
     block.rank = i % size;
+    block.before.resize(launch.block);
     pointers.push_back(&block);
   }
   for (int i = 0; i < total; i += size) {

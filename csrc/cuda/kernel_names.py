@@ -1,9 +1,10 @@
-"""The kernels: which instances of the templates in forward.h, backward.h and normed.h there are.
+"""The kernels: which instances there are of the templates beside this file.
 
 Used when the extension is built (compile.py), and to make the emulated ones' table:
 
     python kernel_names.py --table > emulated_kernels.cpp
     python kernel_names.py --table persistent > emulated_kernels.cpp     (of those cells alone)
+    python kernel_names.py --table trees > emulated_kernels.cpp          (those of trees alone)
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ CELLS = {
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 # With layer normalisation: a product for all of them, and what is behind it.
-NORMED = {"lstm": "NormedLstm", "gru": "NormedGru"}
+NORMED = {
+    "lstm": "NormedLstm",
+    "lstm_peephole": "NormedLstmPeephole",
+    "lstm_coupled": "NormedLstmCoupled",
+    "lstm_coupled_peephole": "NormedLstmCoupledPeephole",
+    "gru": "NormedGru",
+}
 # How products are named in Python, what multiplies them, and where besides single steps they exist.
 PRODUCTS = {
     "float64": ("Float64", ()),
@@ -43,6 +50,8 @@ PRODUCTS = {
     "bfloat16": ("Brain", ("Grid", "Cluster")),
     "float16": ("Half", ("Grid", "Cluster")),
 }
+# Over trees; of float and double.
+TREES = ("TreeLstm", "TreeRnnTanh", "TreeRnnRelu")
 
 
 def name(kind: str, cell: str, products: str, place: str) -> str:
@@ -58,7 +67,7 @@ def exists(products: str, capability: int) -> bool:
     return products not in ("tf32", "bfloat16") or capability >= 80
 
 
-def normed_names(capability: int) -> list[str]:
+def of_norms(capability: int) -> list[str]:
     """The kernels of layer normalisation."""
     found = []
     for products, (kind, _) in PRODUCTS.items():
@@ -75,8 +84,27 @@ def normed_names(capability: int) -> list[str]:
     return found
 
 
-def names(capability: int, cells: Iterable[str] = CELLS) -> list[str]:
+def names(capability: int) -> list[str]:
     """The kernels for an architecture, such as 90 for 9.0."""
+    return [*of_sequences(capability, CELLS), *of_norms(capability), *of_trees()]
+
+
+def of_trees() -> list[str]:
+    found = []
+    for real, products in (("float", "Float32"), ("double", "Float64")):
+        found += [
+            f"fastcell::cuda::tree_gather<{real}>",
+            f"fastcell::cuda::row_products<fastcell::cuda::{products}>",
+            *[
+                f"fastcell::cuda::tree_{kind}<{real}, fastcell::cells::{cell}>"
+                for kind in PASSES
+                for cell in TREES
+            ],
+        ]
+    return found
+
+
+def of_sequences(capability: int, cells: Iterable[str]) -> list[str]:
     found = []
     for kind in PASSES:
         for cell in cells:
@@ -86,13 +114,13 @@ def names(capability: int, cells: Iterable[str] = CELLS) -> list[str]:
                 for place in ("Step", *(places if cell in PERSISTENT else ())):
                     if place != "Cluster" or capability >= 90:
                         found.append(name(kind, cell, products, place))
-    return found + normed_names(capability)
+    return found
 
 
-def table(cells: Iterable[str]) -> str:
+def table(kernels: Iterable[str]) -> str:
     """C++ source of the emulated kernels' table."""
     call = "[](const void* p) {{ call({}, p); }}"
-    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in names(90, cells))
+    rows = "\n".join(f'    {{"{k}", {call.format(k)}}},' for k in kernels)
     return f"""#include "kernels.cu"
 
 #include "gpu_emulated.h"
@@ -116,4 +144,5 @@ const EmulatedKernel* emulated_kernels(int* count) {{
 
 
 if __name__ == "__main__":
-    print(table(PERSISTENT if sys.argv[-1] == "persistent" else CELLS), end="")
+    parts = {"persistent": of_sequences(90, PERSISTENT), "trees": of_trees()}
+    print(table(parts.get(sys.argv[-1], names(90))), end="")

@@ -9,6 +9,8 @@
 #include "../cells/normed.h"
 #include "../cells/rnn.h"
 #include "../cells/rnn_options.h"
+#include "../cells/tree.h"
 #include "backward.h"
 #include "forward.h"
 #include "normed.h"
+#include "tree.h"

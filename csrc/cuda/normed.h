@@ -79,6 +79,7 @@ struct Normed {
   static constexpr int G = C::gates;
   static constexpr bool kCell = C::states > 1;
   static constexpr int kNorms = C::parts + (kCell ? 1 : 0);
+  static constexpr int N = C::parameters;
 
   const NormedStep& p;
   const Index H, sample, row;
@@ -112,6 +113,12 @@ struct Normed {
   FASTCELL_INLINE V cell_norm(Index unit, R normed) const {
     const R* const norm = static_cast<const R*>(p.cell_norm);
     return V(fma_of(norm[unit], normed, norm[H + unit]));
+  }
+
+  FASTCELL_INLINE void load_parameters(Index unit, V (&own)[N + 1]) const {
+    const R* const from = static_cast<const R*>(p.parameters);
+#pragma unroll
+    for (int i = 0; i < N; ++i) own[i] = V(from[i * H + unit]);
   }
 
   // Every thread has the same units in every loop, and so waits for nobody's writes but its own.
@@ -192,7 +199,8 @@ struct Normed {
     };
     R cell_mean[1] = {};
     for_units([&](Index unit) {
-      V x[G], v[G], state[2] = {V(0), V(0)}, saved[C::saved];
+      V x[G], v[G], own[N + 1], state[2] = {V(0), V(0)}, saved[C::saved];
+      load_parameters(unit, own);
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         const Index k = g * H + unit;
@@ -205,7 +213,7 @@ struct Normed {
         state[0] = V(h[unit]);
         if (kCell) state[1] = V(c[unit]);
       }
-      C::forward(x, v, state, saved);
+      C::forward(x, v, own, state, saved);
       if (gates) {
 #pragma unroll
         for (int i = 0; i < C::saved; ++i) gates[i * H + unit] = saved[i].v;
@@ -254,6 +262,7 @@ struct Normed {
       clear(at<E>(p.d_sums, row, G * H), G * H);
       clear(at<E>(p.before, row, H), H);
       if (kCell) clear(at<R>(p.d_cell, row, H), H);
+      clear(at<R>(p.d_parameters, row, N * H), N * H);
       return;
     }
     constexpr Parts<C> kParts = parts_of<C>();
@@ -267,6 +276,8 @@ struct Normed {
     R* const d_terms = at<R>(p.d_terms, row, G * H);
     R* const d_normed = at<R>(p.d_normed, row, G * H);
     R* const d_n = at<R>(p.d_cell, row, H);
+    R* const d_parameters = at<R>(p.d_parameters, row, N * H);
+    const R* const cell = cells();
     const auto d_output = [&](Index unit) {
       R d = d_h[unit];
       if (later) d = d + later[unit];
@@ -303,21 +314,25 @@ struct Normed {
     E* const before_h = at<E>(p.before, row, H);
     R sums[2 * C::parts] = {};  // of the recurrent terms' norms, likewise
     for_units([&](Index unit) {
-      V saved[C::saved], before[2], d_state[2], d_x[G], d_u[G];
+      V saved[C::saved], before[2], d_state[2], d_x[G], d_u[G], own[N + 1], d_own[N + 1], c(0);
       load_saved(unit, saved);
+      load_parameters(unit, own);
       before_h[unit] = past_h ? past_h[unit] : E{};
       before[0] = V(widen(before_h[unit]));
       if constexpr (kCell) {
         const R d = d_n[unit] * cell_gain[unit];
         const R d_cell = (d - through[0] - normed_c[unit] * through[1]) * scales[C::parts];
         before[1] = V(past_c ? past_c[unit] : R(0));
+        c = V(cell[unit]);
         d_state[0] = V(0);
         d_state[1] = V(d_c[unit] + d_cell);
         d_u[G - 1] = V(d_normed[(G - 1) * H + unit]);
       } else {
         d_state[0] = V(d_output(unit));
       }
-      C::backward(saved, before, d_state, d_x, d_u);
+      C::backward(saved, own, before, c, d_state, d_x, d_u, d_own);
+#pragma unroll
+      for (int i = 0; i < N; ++i) d_parameters[i * H + unit] = d_own[i].v;
       d_h[unit] = kCell || anew ? R(0) : d_state[0].v;
       if constexpr (kCell) d_c[unit] = anew ? R(0) : d_state[1].v;
 #pragma unroll

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../pointers.h"
 #include "bindings.h"
 #include "normed_run.h"
 
@@ -16,40 +17,36 @@ namespace {
 
 using cuda::NormedPlan;
 using cuda::NormedStep;
-using Pointer = std::uintptr_t;
-
-template <class T = void>
-T* at(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
 
 // The addresses of a step, in the order of NormedStep; 0 for null.
-constexpr size_t kPointers = 23;
+constexpr size_t kPointers = 25;
 NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   NormedStep step{};
-  step.lengths = at<const long long>(p[0]);
-  step.reset = at<const unsigned char>(p[1]);
-  step.terms = at(p[2]);
-  step.gain = at(p[3]);
-  step.bias = at(p[4]);
-  step.cell_norm = at(p[5]);
-  step.carry[0] = at(p[6]);
-  step.carry[1] = at(p[7]);
-  step.sums = at(p[8]);
-  step.operand = at(p[9]);
-  step.y = at(p[10]);
-  step.normed = at(p[11]);
-  step.gates = at(p[12]);
-  step.cells = at(p[13]);
-  step.scales = at(p[14]);
-  step.state[0] = at(p[15]);
-  step.state[1] = at(p[16]);
-  step.d_y = at(p[17]);
-  step.d_terms = at(p[18]);
-  step.d_normed = at(p[19]);
-  step.d_sums = at(p[20]);
-  step.d_cell = at(p[21]);
-  step.before = at(p[22]);
+  step.lengths = as<const long long>(p[0]);
+  step.reset = as<const unsigned char>(p[1]);
+  step.terms = as(p[2]);
+  step.gain = as(p[3]);
+  step.bias = as(p[4]);
+  step.cell_norm = as(p[5]);
+  step.carry[0] = as(p[6]);
+  step.carry[1] = as(p[7]);
+  step.sums = as(p[8]);
+  step.operand = as(p[9]);
+  step.y = as(p[10]);
+  step.normed = as(p[11]);
+  step.gates = as(p[12]);
+  step.cells = as(p[13]);
+  step.scales = as(p[14]);
+  step.state[0] = as(p[15]);
+  step.state[1] = as(p[16]);
+  step.d_y = as(p[17]);
+  step.d_terms = as(p[18]);
+  step.d_normed = as(p[19]);
+  step.d_sums = as(p[20]);
+  step.d_cell = as(p[21]);
+  step.before = as(p[22]);
+  step.parameters = as(p[23]);
+  step.d_parameters = as(p[24]);
   return step;
 }
 
@@ -84,7 +81,7 @@ void bind_cuda_normed(py::module_& module) {
             const Timeline time{planned.steps, planned.batch, offsets.back(), offsets.data()};
             const NormedStep step = step_of(pointers);
             py::gil_scoped_release release;
-            cuda::run(plan, step, time, reverse, at(weights), at(stream));
+            cuda::run(plan, step, time, reverse, as(weights), as(stream));
           },
           py::arg("stream"), py::arg("reverse"), py::arg("sizes"), py::arg("weights"),
           py::arg("pointers"));

@@ -13,10 +13,17 @@ struct NormedFacts {
   const char* type;
   int gates;
 };
+template <template <class> class Cell>
+constexpr NormedFacts facts(const char* name, const char* type) {
+  return {name, type, Cell<float>::gates};
+}
 // As in kernel_names.py.
 constexpr NormedFacts kNormedCells[] = {
-    {"lstm", "NormedLstm", cells::NormedLstm<float>::gates},
-    {"gru", "NormedGru", cells::NormedGru<float>::gates},
+    facts<cells::NormedLstm>("lstm", "NormedLstm"),
+    facts<cells::NormedLstmPeephole>("lstm_peephole", "NormedLstmPeephole"),
+    facts<cells::NormedLstmCoupled>("lstm_coupled", "NormedLstmCoupled"),
+    facts<cells::NormedLstmCoupledPeephole>("lstm_coupled_peephole", "NormedLstmCoupledPeephole"),
+    facts<cells::NormedGru>("gru", "NormedGru"),
 };
 
 const NormedFacts& facts_of(const std::string& name) {

@@ -22,14 +22,15 @@ struct NormedStep {
   const long long* lengths;    // (B): steps of each sample; null: all
   const unsigned char* reset;  // (rows): whether states are zero before that step; or null
 
-  const void* terms;      // R (rows, G*H): the gates' input terms
-  const void* gain;       // R (G*H): of the recurrent terms' norm
-  const void* bias;       // R (G*H), added behind it, or null
-  const void* cell_norm;  // R (2, H): LSTM, gain and bias of c's norm
-  void* carry[2];         // R (B, H): h and c, in the backward pass their gradients
-  void* sums;             // R: what the product made; forward (B, G*H), backward (B, H)
-  void* operand;          // E (., width): what it takes
-  void* y;                // E (rows, H)
+  const void* terms;       // R (rows, G*H): the gates' input terms
+  const void* gain;        // R (G*H): of the recurrent terms' norm
+  const void* bias;        // R (G*H), added behind it, or null
+  const void* cell_norm;   // R (2, H): LSTM, gain and bias of c's norm
+  const void* parameters;  // R (N, H): the cell's vectors
+  void* carry[2];          // R (B, H): h and c, in the backward pass their gradients
+  void* sums;              // R: what the product made; forward (B, G*H), backward (B, H)
+  void* operand;           // E (., width): what it takes
+  void* y;                 // E (rows, H)
 
   // Kept for the backward pass, or null.
   void* normed;        // R (rows, G*H): normalised sums
@@ -47,6 +48,7 @@ struct NormedStep {
   void* d_sums;          // E (rows, G*H): before it
   void* d_cell;          // R (rows, H): LSTM, behind c's norm
   void* before;          // E (rows, H): h before each step
+  void* d_parameters;    // R (rows, N*H)
 };
 
 }  // namespace fastcell::cuda

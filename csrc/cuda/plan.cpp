@@ -99,6 +99,9 @@ bool complete(Plan& plan, const Limits& limits) {
                             plan.projected_width, resident, plan.place == Place::kCluster, groups,
                             held_chunks(resident, plan.products.tensor, groups),
                             plan.products.element, plan.products.real);
+  plan.stride = row_stride(plan.width, plan.products.element, plan.place == Place::kCluster);
+  plan.projected_stride =
+      row_stride(plan.projected_width, plan.products.element, plan.place == Place::kCluster);
   if (layout.total > limits.shared_per_block) return false;
   plan.shared = int(layout.total);
   plan.tiles_at_once = std::min(plan.tiles, 65535);  // of a grid's second dimension
@@ -113,6 +116,7 @@ bool complete(Plan& plan, const Limits& limits) {
     }
   }
   const double blocks = double(plan.unit_blocks) * plan.tiles * sizes.directions;
+  plan.at_once = int(at_once / blocks);
   const double waves = std::max(1.0, blocks / at_once);
   const auto product = [&](int width, int columns) {
     const int chunks = width * plan.products.element / kChunkBytes;
@@ -147,8 +151,8 @@ std::string Plan::kernel() const {
          qualified("cuda", kPlaceTypes[int(place)]) + ">";
 }
 
-Plan choose_plan(int device, const CellFacts& cell, const std::string& products,
-                 const Sizes& sizes, const std::string& wanted) {
+Plan choose_plan(int device, const CellFacts& cell, const std::string& products, const Sizes& sizes,
+                 const std::string& wanted) {
   const Limits limit = limits(device);
   Plan plan{};
   plan.cell = cell;
@@ -162,7 +166,8 @@ Plan choose_plan(int device, const CellFacts& cell, const std::string& products,
                                 std::to_string(limit.capability % 10));
   }
   const int chunk = kChunkBytes / plan.products.element;
-  const int gates_width = up(up(sizes.hidden, kGroup) * (plan.cell.gates - plan.cell.second), chunk);
+  const int gates_width =
+      up(up(sizes.hidden, kGroup) * (plan.cell.gates - plan.cell.second), chunk);
   plan.width = sizes.backward ? gates_width : up(sizes.output, chunk);
   if (sizes.projected)
     plan.projected_width = up(sizes.backward ? sizes.output : sizes.hidden, chunk);
@@ -187,9 +192,9 @@ Plan choose_plan(int device, const CellFacts& cell, const std::string& products,
     }
   }
   if (!found) {
-    throw std::invalid_argument("no plan for " + std::string(cell.name) + " with products of " + products +
-                                ", hidden size " + std::to_string(sizes.hidden) + ", batch " +
-                                std::to_string(sizes.batch) +
+    throw std::invalid_argument("no plan for " + std::string(cell.name) + " with products of " +
+                                products + ", hidden size " + std::to_string(sizes.hidden) +
+                                ", batch " + std::to_string(sizes.batch) +
                                 (wanted.empty() ? "" : " in place '" + wanted + "'"));
   }
   return best;

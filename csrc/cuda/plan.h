@@ -49,7 +49,9 @@ struct Plan {
   int unit_blocks, tiles;
   int tiles_at_once;  // of one launch
   int width, projected_width;
-  int shared;   // bytes per block
+  int stride, projected_stride;  // of rows of what is exchanged
+  int shared;                    // bytes per block
+  int at_once;  // launches of such a layer that the device holds at once; 0: not one as a whole
   double time;  // ns that the model expects
 
   std::string kernel() const;

@@ -4,8 +4,8 @@
 // column. It holds the sums as the tensor cores do: a lane has rows lane/4 and lane/4 + 8, columns
 // 2 (lane%4) and the next. Which numbers of a chunk meet in which instruction is free, as long as
 // rows and columns agree; here lane%4 takes 16 bytes in a row, so that every load is one of 16
-// bytes. Weights are packed as [chunk][group][column][64 bytes] (python/fastcell/cuda.py, pack()):
-// what a warp reads is contiguous.
+// bytes. Weights are packed as [chunk][group][column][64 bytes] (pack() in
+// python/fastcell/cuda_weights.py): what a warp reads is contiguous.
 #pragma once
 
 #include "device.h"
@@ -52,8 +52,8 @@ FASTCELL_INLINE Vector<E> as_vector(Bytes16 b) {
 // different quarters of the chunk, and so read different banks.
 template <class T>
 struct Plain {
-  using Element = T;  // as states and weights are stored
-  using Real = T;     // of sums and the cell's maths
+  using Element = T;                 // as states and weights are stored
+  using Real = T;                    // of sums and the cell's maths
   static constexpr int kUnroll = 1;  // of the loop over chunks: loads in flight against code
   static constexpr bool kTensor = false;
 

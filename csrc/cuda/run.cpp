@@ -2,7 +2,7 @@
 
 namespace fastcell::cuda {
 
-void run(const Plan& plan, Sweep sweep, void* stream) {
+void run(const Plan& plan, Sweep sweep, long long begin, long long end, void* stream) {
   const Sizes& sizes = plan.sizes;
   sweep.steps = sizes.steps;
   sweep.batch = sizes.batch;
@@ -34,14 +34,15 @@ void run(const Plan& plan, Sweep sweep, void* stream) {
     const int left = plan.tiles - tile;
     to.grid[1] = unsigned(left < plan.tiles_at_once ? left : plan.tiles_at_once);
     sweep.first_tile = tile;
+    sweep.begin = begin;
+    sweep.end = end;
+    sweep.finish = finish && end == sizes.steps;
     if (plan.place != Place::kStep) {
-      sweep.begin = 0;
-      sweep.end = sizes.steps;
       launch(plan.device, to, &sweep);
       continue;
     }
     sweep.finish = false;
-    for (long long s = 0; s < sizes.steps; ++s) {
+    for (long long s = begin; s < end; ++s) {
       sweep.begin = s;
       sweep.end = s + 1;
       if (!sizes.projected) {
@@ -53,7 +54,7 @@ void run(const Plan& plan, Sweep sweep, void* stream) {
         launch(plan.device, to, &sweep);
       }
     }
-    if (finish) {
+    if (finish && end == sizes.steps) {
       sweep.begin = sweep.end = sizes.steps;
       sweep.finish = true;
       launch(plan.device, to, &sweep);

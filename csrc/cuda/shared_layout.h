@@ -20,6 +20,14 @@ constexpr FASTCELL_INLINE int held_chunks(bool resident, bool tensor, int groups
   return !resident || !tensor ? 0 : groups == 1 ? 10 : 16 / groups;
 }
 
+// Numbers from one row of what is exchanged to the next, of rows of `width`. In shared memory,
+// where a cluster has it, a row is an odd number of chunks: the rows that lanes read at the same
+// time then lie in different banks.
+constexpr FASTCELL_INLINE int row_stride(int width, int element, bool cluster) {
+  const int chunk = kChunkBytes / element;
+  return cluster && width > 0 && width / chunk % 2 == 0 ? width + chunk : width;
+}
+
 struct SharedLayout {
   long long weights, projection;  // their packed bytes of one block, 0 unless resident
   long long hidden, projected;    // what is exchanged, of a cluster; hidden twice
@@ -33,8 +41,8 @@ struct SharedLayout {
     weights = resident && left > 0 ? unit_warps * k_warps * left * groups * kChunkWeights : 0;
     projection = resident ? units * projected_width * element : 0;
     hidden = weights + projection;
-    projected = hidden + (cluster ? 2 * rows * width * element : 0);
-    sums = projected + (cluster ? rows * projected_width * element : 0);
+    projected = hidden + (cluster ? 2 * rows * row_stride(width, element, true) * element : 0);
+    sums = projected + (cluster ? rows * row_stride(projected_width, element, true) * element : 0);
     stopped = sums + k_warps * groups * rows * units * real;
     total = stopped + 16;
   }

@@ -26,18 +26,21 @@ struct Side {
   // backward pass, if anything is. Backward: what was saved.
   void* gates;
   const void* parameters;  // R (parameters, H): the cell's own vectors, or null
-  const void* factors;     // E (B, P), of h in the recurrent product, or null
+  const void* factors;     // R (B, P), of h in the recurrent product, or null
   const void* apart_bias;  // R (apart * H): biases of the recurrent terms that stay apart, or null
   // What passes from step to step, R: h (B, P) and c (B, H), in the backward pass their gradients.
   void* carry[2];
-  // What the products multiply, E, zero where no sample or unit is: [2][tiles * tile rows][width].
+  // What the products multiply, E, zero where no sample or unit is: [2][tiles * tile rows][stride]
+  // (row_stride() of shared_layout.h).
   void* exchange;
-  void* exchange_projected;  // with a projection: what it multiplies, [tiles * tile rows][width]
+  void* exchange_projected;  // with a projection: what it multiplies, [tiles * tile rows][stride]
   void* cells;               // R (rows, H): c_t, or null (forward: not kept)
   const void* first[2];      // E (B, P) and R (B, H): the states before the first step; backward
   void* cell_output;         // E (rows, H), projection: what it was applied to, or null
   void* d_gates;             // E (rows, (gates + apart + parameters) * H): backward
   void* d_output;            // E (rows, P), projection: h's gradient; backward
+  const void* d_cells;       // R (rows, directions * H), from this direction's columns on: of c_t
+                             // as a result, or null; backward
   int* flags;                // how often each block has published: [tiles][unit_blocks]
 };
 
@@ -60,7 +63,7 @@ struct Sweep {
   long long begin, end;  // steps to process
   int stages;            // of each step: kCell, kOutput or both
   bool keep;             // forward: what the backward pass needs
-  bool finish;           // backward: then h's gradient before the first step
+  bool finish;           // backward: after the last step, h's gradient before the first one
   int width;             // numbers along k that the product takes, padded
   int projected_width;   // the same for the projection; 0 without one
   int unit_blocks;       // blocks that share the units

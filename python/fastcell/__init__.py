@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 import torch as _torch  # noqa: F401  # isort: skip
 
 from . import cuda, functional, reference
-from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, IndRNNCell, LeakyRNNCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
 from .info import info
@@ -45,8 +45,10 @@ __all__ = [
     "RNN",
     "GRUCell",
     "IndRNN",
+    "IndRNNCell",
     "LSTMCell",
     "LeakyRNN",
+    "LeakyRNNCell",
     "QuantizedCell",
     "QuantizedLayer",
     "RNNCell",

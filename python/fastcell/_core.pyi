@@ -31,6 +31,19 @@ def dot_products(wanted: bool | None = None) -> bool:
 def isas() -> list[str]:
     """The instruction sets that this build and this CPU have, lowest first."""
 
+def ragged_rows(
+    steps: int,
+    batch: int,
+    lengths: int,
+    batch_first: bool,
+    order: int,
+    rank: int,
+    sizes: int,
+    rows: int,
+    /,
+) -> None:
+    """Fill the tensors of csrc/cpu/ragged_rows.h at these addresses."""
+
 def fingerprint(tensors: Sequence[tuple[int, int, int]], whole: bool) -> int:
     """A checksum over (pointer, elements, bytes of one) each: of all, or for large a sample."""
 
@@ -423,6 +436,32 @@ class CudaPlan:
         Raises RuntimeError if a launch fails.
         """
 
+def cuda_tree(
+    device: int,
+    cell: str,
+    real: str,
+    backward: bool,
+    again: bool,
+    levels: int,
+    level_offsets: int,
+    level_edges: int,
+    hidden: int,
+    positions: int,
+    sums: bool,
+    widths: Sequence[int],
+    pointers: Sequence[int],
+    weights: int,
+    edge_weights: int,
+    stream: int,
+) -> None:
+    """Launch all levels of trees on a stream, the numbers being those of csrc/cuda/tree_run.h.
+
+    ``real``: ``"float32"`` or ``"float64"``; ``widths``: of ``seen``, ``edge_seen``, ``products``
+    and ``d_products``; ``pointers``: the addresses of csrc/cuda/tree_level.h, TreeLevel, in order.
+
+    Raises ValueError for a cell or numbers without kernels, RuntimeError if a launch fails.
+    """
+
 def tree_levels(
     nodes: int,
     parents: int,
@@ -548,15 +587,26 @@ class Reservoir:
 class Normed:
     """A layer of one direction with layer normalisation: csrc/common/normed.h."""
 
-    def __init__(self, cell: str, float64: bool, hidden: int, reverse: bool) -> None:
-        """``cell``: ``"lstm"`` or ``"gru"``. Raises ValueError for another, or no hidden unit."""
+    def __init__(
+        self,
+        cell: str,
+        float64: bool,
+        features: int,
+        hidden: int,
+        output: int,
+        projected: bool,
+        reverse: bool,
+    ) -> None:
+        """``cell``: a name of ``fastcell.cells``. Raises ValueError without a kernel of it."""
 
     @property
     def kept_elements(self) -> int:
         """Elements that a forward call keeps per row for its backward call."""
 
-    def workspace(self, steps: int, batch: int, rows: int, backward: bool, threads: int, /) -> int:
-        """Bytes that ``run`` needs."""
+    def workspace(
+        self, steps: int, batch: int, rows: int, keep: bool, backward: bool, threads: int, /
+    ) -> int:
+        """Bytes that ``run`` needs; ``keep``: whether it keeps anything for a backward call."""
 
     def run(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import composite, transforms
+from .double_backward import gradients_with_graph
 from .engines import engine_of
 from .plan import Config, Extras
 
@@ -71,7 +72,7 @@ class _LayerWithCells(Function):
         output, states, reserve = engine.forward(
             config, input, hx, weights, batch_sizes, extras, True
         )
-        cells = engine.cells(config, input, weights, reserve)
+        cells = engine.cells(config, input, weights, batch_sizes, reserve)
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, reserve, *tensors)
@@ -85,46 +86,18 @@ class _LayerWithCells(Function):
         needs = ctx.needs_input_grad[3 + _EXTRAS :]
         d_output, d_h, d_c, d_cells = grads
         if torch.is_grad_enabled() or transforms.transformed():
-            found = _differentiable(
-                ctx.config, batch_sizes, extras, input, hx, weights, grads, needs
-            )
+            count = 1 + ctx.state_count
+
+            def outputs_of(*own: Tensor) -> tuple[Tensor, ...]:
+                output, states, cells = _composite(
+                    ctx.config, own[0], own[1:count] or None, own[count:], batch_sizes, extras
+                )
+                return output, *states, cells
+
+            found = gradients_with_graph(outputs_of, (input, *rest), grads, needs)
         else:
             found = engine_of(input).backward(
                 ctx.config, d_output, [d_h, d_c], input, hx, weights, batch_sizes, extras, reserve,
                 needs, d_cells=d_cells,
             )  # fmt: skip
         return *(None,) * (3 + _EXTRAS), *found
-
-
-def _differentiable(
-    config: Config,
-    batch_sizes: Tensor | None,
-    extras: Extras,
-    input: Tensor,
-    hx: Sequence[Tensor] | None,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients themselves with a graph: of the layer once more, in torch's operations."""
-    primals = [input, *(hx or ()), *weights]
-    with torch.enable_grad():
-        own = [t.view_as(t) if t.requires_grad else t for t in primals]
-        count = 1 + len(hx or ())
-        output, states, cells = _composite(
-            config, own[0], own[1:count] or None, own[count:], batch_sizes, extras
-        )
-        pairs = [
-            (o, g) for o, g in zip((output, *states, cells), grads, strict=True) if g is not None
-        ]
-        asked = [t for t, need in zip(own, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                asked,
-                [g for _, g in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if need else None for need in needs]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def without_autocast(input: Tensor) -> AbstractContextManager[Any]:
@@ -15,3 +20,14 @@ def without_autocast(input: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def runs_without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function`` within ``without_autocast`` of the first tensor among its arguments."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with without_autocast(next(a for a in args if isinstance(a, Tensor))):
+            return function(*args, **kwargs)
+
+    return call

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .cells import CellSpec, gru_cell, lstm_cell, rnn_cell, spec_of
+from .cells import (
+    NORMED_CELLS,
+    CellSpec,
+    checked_alpha,
+    gru_cell,
+    independent_cell,
+    lstm_cell,
+    rnn_cell,
+    spec_of,
+)
 from .checks import check_tensors
 from .functional import States
-from .modules import Swappable
+from .layer import Swappable
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRUCell", "IndRNNCell", "LSTMCell", "LeakyRNNCell", "RNNCell"]
 
 
 class _Cell(Swappable, torch.nn.RNNCellBase):
@@ -74,7 +83,7 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             states = (torch.nn.functional.linear(input, w_ih, b_ih),) * spec.states
             return states if batched else tuple([state.squeeze(0) for state in states])
         if self.layer_norm:
-            return self._normed_step(cell, input, states, weights, batched)
+            return self._normed_step(cell, input, states, weights, bias, batched)
         _, states = ops.sequence(
             cell,
             input.unsqueeze(0),
@@ -101,26 +110,28 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
         input: Tensor,
         states: States | None,
         weights: list[Tensor],
+        bias: bool,
         batched: bool,
     ) -> States:
-        names = ("norm_ih", "norm_hh", "norm_c")[: 3 if cell == "lstm" else 2]
+        names = ("norm_ih", "norm_hh", "norm_c")[: 1 + spec_of(cell).states]
         given = None if states is None else [state.unsqueeze(0) for state in states]
         _, states = ops.normed(
             cell, input.unsqueeze(0), given, [*weights, *[getattr(self, n) for n in names]], None,
-            None, bias=len(weights) == 4, directions=1, batch_first=False, dropout=0.0,
+            None, bias=bias, projected=False, directions=1, batch_first=False, dropout=0.0,
         )  # fmt: skip
         return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
 
     def _add_norms(self, cell: str) -> None:
-        if hasattr(self, "_cell"):
+        if cell not in NORMED_CELLS or self.zoneout:
             raise ValueError(
-                f"layer_norm goes with no other option of the cell: got {self.extra_repr()}"
+                "layer_norm goes with peephole, coupled and no other option of the cell: got "
+                f"{self.extra_repr()}"
             )
-        like, rows = self.weight_ih, self.weight_ih.shape[0]
+        like = self.weight_ih
         for name in ("norm_ih", "norm_hh"):
             self.register_parameter(name, torch.nn.Parameter(torch.ones_like(like[:, 0])))
-        if cell == "lstm":
-            gain = like.new_ones(rows // 4)
+        if spec_of(cell).states > 1:
+            gain = like.new_ones(self.hidden_size)
             norm = torch.stack((gain, torch.zeros_like(gain)))
             self.register_parameter("norm_c", torch.nn.Parameter(norm))
 
@@ -146,11 +157,11 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             if value != getattr(type(self), name):
                 setattr(self, name, value)
                 self._cell = cell
+        if hasattr(self, "_cell"):
+            self._become(cell)
         if layer_norm:
             self.layer_norm = True
             self._add_norms(cell)
-        if hasattr(self, "_cell"):
-            self._become(cell)
 
     def extra_repr(self) -> str:
         own = [f"{name}={self.__dict__[name]!r}" for name in self._options if name in self.__dict__]
@@ -234,6 +245,101 @@ class RNNCell(_Cell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         cell = self.__dict__.get("_cell") or "rnn_" + self.nonlinearity
         return self._step(cell, input, None if hx is None else (hx,))[0]
+
+
+class LeakyRNNCell(RNNCell):
+    """One step of leaky units, h' = alpha h + (1 - alpha) tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Args:
+        alpha, learn_alpha: as for :class:`fastcell.LeakyRNN`; alpha a number or of shape (H,). The
+            parameter is ``weight_leak`` (1, H).
+        All others are those of :class:`RNNCell`, but for ``zoneout``.
+
+    Call, and Raises: as :class:`RNNCell`; ValueError for an alpha outside of 0 .. 1.
+
+    Source: as :class:`fastcell.LeakyRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float | Tensor = 0.5,
+        learn_alpha: bool = False,
+    ) -> None:
+        rnn_cell(nonlinearity, 0.0)  # refuses another
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self._alpha = checked_alpha(alpha, 1, hidden_size)
+        self.learn_alpha = learn_alpha
+        self._become("leaky_" + nonlinearity)
+        self.get_parameter("weight_leak").requires_grad_(learn_alpha)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNNCell, and alpha as it was given."""
+        super().reset_parameters()
+        if "weight_leak" in self._parameters:
+            with torch.no_grad():
+                self.get_parameter("weight_leak").copy_(self._alpha)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")
+
+
+class IndRNNCell(_Cell):
+    """One step of independent units, h' = phi(W_ih x + b_ih + w_hh h + b_hh).
+
+    Args:
+        nonlinearity, zoneout: as for :class:`fastcell.IndRNN`. ``weight_hh`` is (1, H).
+        All others are those of :class:`RNNCell`.
+
+    Call, and Raises: as :class:`RNNCell`.
+
+    Source: as :class:`fastcell.IndRNN`.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
+    ) -> None:
+        cell = independent_cell(nonlinearity, zoneout)
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self._cell = cell
+        self.weight_hh = torch.nn.Parameter(self.weight_hh.new_empty((1, hidden_size)))
+        self.nonlinearity = nonlinearity
+        if zoneout:
+            self.zoneout = zoneout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.RNNCell, and recurrent weights uniform in 0 .. 1."""
+        super().reset_parameters()
+        torch.nn.init.uniform_(self.weight_hh)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if input.dim() not in (1, 2):
+            _refuse_rank("IndRNNCell", "input", input.dim())
+        if hx is not None and hx.dim() not in (1, 2):
+            _refuse_rank("IndRNNCell", "hidden", hx.dim())
+        return self._step(self._cell, input, None if hx is None else (hx,))[0]
+
+    def extra_repr(self) -> str:
+        # torch.nn's leaves out what is its default, and not this class's.
+        return super().extra_repr() + (", nonlinearity=tanh" if self.nonlinearity == "tanh" else "")
 
 
 class LSTMCell(_Cell):

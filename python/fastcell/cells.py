@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class CellSpec:
@@ -70,6 +73,8 @@ class Options(NamedTuple):
 
 # Those whose kernels also multiply in 16 and 8 bits.
 NARROW_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+# Those that there are with layer normalisation, too.
+NORMED_CELLS = ("lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole", "gru")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity", "softsign", "elu")
 _PLAIN = Options()
 
@@ -197,6 +202,22 @@ def rnn_cell(nonlinearity: str, zoneout: float) -> str:
     if options == _PLAIN:
         return cell
     return with_options("rnn_general", options._replace(activation=nonlinearity))
+
+
+def checked_alpha(alpha: Any, count: int, hidden: int) -> Tensor:
+    """What leaky units keep of h, (count, H), from a number, (H,) or (count, H).
+
+    Raises ValueError for another shape, or a value outside of 0 .. 1.
+    """
+    given = torch.as_tensor(alpha, dtype=torch.float64).cpu()
+    if given.shape not in ((), (hidden,), (count, hidden)):
+        raise ValueError(
+            f"alpha must be a number or of shape ({hidden},) or ({count}, {hidden}), got "
+            f"{tuple(given.shape)}"
+        )
+    if not bool(((given >= 0) & (given <= 1)).all()):
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    return given.expand(count, hidden).clone()
 
 
 def independent_cell(nonlinearity: str, zoneout: float) -> str:

@@ -125,7 +125,7 @@ class Part(NamedTuple):
 def _seen(part: Part, h: Tensor) -> Tensor:
     """What the recurrent product takes of h."""
     factors = part.extras.recurrent
-    return h if factors is None else h * factors[part.number, : h.shape[0]]
+    return h if factors is None else (h * factors[part.number, : h.shape[0]]).to(h.dtype)
 
 
 def _recurrent_term(part: Part, h: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def _sequence(
     finals: list[States] = []
     for layer in range(num_layers):
         if layer > 0 and extras.dropout is not None:
-            rows = rows * extras.dropout[layer - 1].reshape(rows.shape)
+            rows = (rows * extras.dropout[layer - 1].reshape(rows.shape)).to(rows.dtype)
         outputs = []
         for direction in range(directions):
             k = layer * directions + direction

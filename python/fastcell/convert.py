@@ -20,7 +20,7 @@ import torch
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
-from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, IndRNNCell, LeakyRNNCell, LSTMCell, RNNCell
 from .checks import KERNEL_DTYPES
 from .engines import why_no_kernels
 from .modules import GRU, LSTM, RNN, IndRNN, LeakyRNN
@@ -40,7 +40,7 @@ _FASTCELL: dict[type[Module], type[Module]] = {
     torch.nn.GRUCell: GRUCell,
 }
 _TORCH = {ours: theirs for theirs, ours in _FASTCELL.items()}
-_OWN = (IndRNN, LeakyRNN)  # layers that torch.nn does not have
+_OWN = (IndRNN, LeakyRNN, IndRNNCell, LeakyRNNCell)  # what torch.nn does not have
 _NAMES = frozenset(theirs.__name__ for theirs in _FASTCELL)
 
 _QUANTIZATION = "torch.ao.nn."

@@ -275,7 +275,13 @@ def _gradients_of_nothing(
             grad.copy_(given)
 
 
-def cells(config: Config, x: Tensor, weights: Sequence[Tensor], reserve: Tensor) -> Tensor:
+def cells(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reserve: Tensor,
+) -> Tensor:
     """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept."""
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     parts = [

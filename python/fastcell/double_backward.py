@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,24 +59,46 @@ def composite_backward(
     """The backward call itself in the same way: gradients of [input, *hx, *weights]."""
     primals = (input, *(hx or ()), *weights)
 
-    def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_outputs(config, primals, hx, batch_sizes, extras))
+    def outputs_of(*primals: Tensor) -> Sequence[Tensor]:
+        return _outputs(config, primals, hx, batch_sizes, extras)
 
-    with without_autocast(input):
+    return gradients_with_graph(outputs_of, primals, grad_outputs, needs)
+
+
+def gradients_with_graph(
+    outputs_of: Callable[..., Sequence[Tensor]],
+    primals: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``primals``, where ``needs`` says so, as differentiable operations.
+
+    ``outputs_of(*primals)`` is computed once more, under torch.func's transforms too.
+    """
+    present = [p for p in primals if p is not None]
+
+    def outputs_of_present(*some: Tensor) -> tuple[Tensor, ...]:
+        values = iter(some)
+        return tuple(outputs_of(*[None if p is None else next(values) for p in primals]))
+
+    with without_autocast(present[0]):
         if torch._C._are_functorch_transforms_active():
-            outputs, pull = torch.func.vjp(outputs_of, *primals)[:2]
+            outputs, pull = torch.func.vjp(outputs_of_present, *present)[:2]
             cotangents = [
-                torch.zeros_like(o) if g is None else g
+                torch.zeros_like(o) if g is None else g.to(o.dtype)
                 for o, g in zip(outputs, grad_outputs, strict=True)
             ]
-            found = pull(tuple(cotangents))
-            return [g if need else None for g, need in zip(found, needs, strict=True)]
+            pulled = iter(pull(tuple(cotangents)))
+            every = [None if p is None else next(pulled) for p in primals]
+            return [g if need else None for g, need in zip(every, needs, strict=True)]
         with torch.enable_grad():
-            own = [_own(t) for t in primals]
-            outputs = outputs_of(*own)
-        asked = [p for p, need in zip(own, needs, strict=True) if need]
-        some = iter(_gradients(outputs, asked, grad_outputs, torch.is_grad_enabled()))
-    return [next(some) if need else None for need in needs]
+            own = [None if p is None else _own(p) for p in primals]
+            outputs = tuple(outputs_of(*own))
+        asked = [p for p, need in zip(own, needs, strict=True) if need and p is not None]
+        found = iter(_gradients(outputs, asked, grad_outputs, torch.is_grad_enabled()))
+    return [
+        next(found) if need and p is not None else None for p, need in zip(own, needs, strict=True)
+    ]
 
 
 def _own(t: Tensor) -> Tensor:
@@ -110,7 +132,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad over those outputs that there are and that have an incoming gradient."""
     pairs = [
-        (o, g)
+        (o, g.to(o.dtype))  # (kernels keep an LSTM's c wider than 16 bits)
         for o, g in zip(outputs, grad_outputs, strict=True)
         if o is not None and o.requires_grad and g is not None
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, cuda, ops, transforms
-from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, IndRNNCell, LSTMCell, RNNCell
 from .cells import NARROW_CELLS, cell_of, spec_of
 from .cpu import row_offsets
 from .engines import engine_of, why_no_kernels
@@ -18,12 +18,13 @@ from .modules import GRU, LSTM, RNN, IndRNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
 from .quantized import QuantizedCell, QuantizedLayer
+from .trees import cuda as tree_cuda
 from .trees import ops as tree_ops
 from .trees.cells import SPECS
 from .trees.modules import TreeLSTM, TreeRNN
 
 _LAYERS = (RNN, IndRNN, LSTM, GRU)
-_CELLS = (RNNCell, LSTMCell, GRUCell)
+_CELLS = (RNNCell, LSTMCell, GRUCell, IndRNNCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)
 
 _REASONS = {
@@ -170,7 +171,14 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
         if input is not None:
             at = _extent(module, input)
             isa, schedule = cuda.explain(
-                config, arithmetic, weights, at.steps, at.batch, stand_in.device, gradients
+                config,
+                arithmetic,
+                weights,
+                at.steps,
+                at.batch,
+                stand_in.device,
+                gradients,
+                at.offsets is not None,
             )
         if arithmetic in (torch.bfloat16, torch.float16):
             arithmetic = torch.float32
@@ -229,7 +237,13 @@ def _explain_trees(
     arithmetic = autocast or dtype
     if arithmetic in (torch.bfloat16, torch.float16):
         arithmetic = torch.float32
-    engine = "torch" if path == "composite" else device.type
+    engine, isa = "torch" if path == "composite" else device.type, None
+    products, schedule = "exact", "the hidden units and the nodes of a level, one barrier per level"
+    if engine == "cpu":
+        isa = _core.isa()
+    if engine != "torch" and tree_ops.ENGINES[device.type] is tree_cuda:
+        engine, isa = "cuda", tree_cuda.architecture(device)
+        products, schedule = _name(arithmetic), "a few launches per level"
     reason = (
         f"no kernels for {missing}" if missing else "a transform of torch.func, or forward mode"
     )
@@ -242,11 +256,11 @@ def _explain_trees(
         dtype=dtype,
         autocast=autocast,
         arithmetic=arithmetic,
-        products="exact",
+        products=products,
         gradients=torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, stand_in)),
-        isa=_core.isa() if engine == "cpu" else None,
+        isa=isa,
         threads=torch.get_num_threads(),
-        schedule="the hidden units and the nodes of a level, one barrier per level",
+        schedule=schedule,
         packed_bytes=None,
         packed=False,
     )

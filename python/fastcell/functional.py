@@ -26,6 +26,7 @@ from .cells import (
     weights_per_direction,
 )
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
+from .normed import weights_each
 from .ragged import checked_lengths, run_ragged
 from .trees.functional import tree_lstm, tree_rnn
 
@@ -263,7 +264,8 @@ def lstm(
         cell_clip: bound on the arguments of all gates: ``clip`` as onnxruntime has it.
         zoneout: of h and c, or a pair; with a projection of c alone, ``(0, p)``.
         layer_norm: the weights of each layer and direction end with ``norm_ih`` and ``norm_hh``
-            (4*H,) and ``norm_c`` (2, H), as :class:`fastcell.LSTM` says; no other option then.
+            (G*H,) and ``norm_c`` (2, H), as :class:`fastcell.LSTM` says; with ``peephole`` and
+            ``coupled`` and no other option.
         bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes, lengths,
             reset, recompute, recurrent_dropout: as for :func:`rnn`.
 
@@ -278,11 +280,11 @@ def lstm(
     for peepholes; K. Greff et al. (2015) for coupled gates.
     """
     if layer_norm:
-        plain = not (peephole or coupled or cell_clip is not None or recompute)
-        plain = plain and activation == output_activation == "tanh"
+        plain = activation == output_activation == "tanh" and cell_clip is None and not recompute
         output, states = _normed(
-            "lstm", input, None if hx is None else two_states(hx), weights, batch_sizes,
-            num_layers, bias, batch_first, dropout, bidirectional, training, lengths, reset,
+            lstm_cell(peephole, coupled), input, None if hx is None else two_states(hx), weights,
+            batch_sizes, num_layers, bias, batch_first, dropout, bidirectional, training, lengths,
+            reset,
             plain and zoneout in (0, (0, 0)) and recurrent_dropout == 0,
         )  # fmt: skip
         return output, (states[0], states[1])
@@ -374,8 +376,8 @@ def run_normed(
     ) -> tuple[Tensor, States]:
         return ops.normed(
             cell, input, states, weights, batch_sizes, reset, bias=layer.bias,
-            directions=2 if layer.bidirectional else 1, batch_first=layer.batch_first,
-            dropout=layer.dropout if layer.training else 0.0,
+            projected=layer.proj_size > 0, directions=2 if layer.bidirectional else 1,
+            batch_first=layer.batch_first, dropout=layer.dropout if layer.training else 0.0,
         )  # fmt: skip
 
     return run_stack(
@@ -407,19 +409,23 @@ def _normed(
     reset: Tensor | None,
     plain: bool,
 ) -> tuple[In, States]:
-    """A public function's call with layer normalisation; ``plain``: and no other option."""
+    """A public function's call with layer normalisation; ``plain``: and with what goes with it."""
     if not plain:
-        raise ValueError("layer_norm goes with no other option of the cell, and no recompute")
-    each = 4 + 2 * bias + (cell == "lstm")
+        raise ValueError(
+            "layer_norm goes with peephole and coupled, with no other option and no recompute"
+        )
+    each = weights_each(cell, bias, False)
     stacked = num_layers * (2 if bidirectional else 1)
-    if len(weights) != each * stacked:
+    projected = spec_of(cell).projection and len(weights) == (each + 1) * stacked
+    if len(weights) != each * stacked and not projected:
         raise RuntimeError(
-            f"Expected {each} weights for each of {stacked} layers and directions, got "
-            f"{len(weights)}"
+            f"Expected {each} weights for each of {stacked} layers and directions, or one more for "
+            f"a projection of an LSTM, got {len(weights)}"
         )
     w_ih, w_hh = weights[0], weights[1]
     sizes = Sizes(
-        w_ih.shape[1], w_hh.shape[1], 0, num_layers, bias, batch_first, dropout, bidirectional,
+        w_ih.shape[1], w_ih.shape[0] // spec_of(cell).gates,
+        w_hh.shape[1] if projected else 0, num_layers, bias, batch_first, dropout, bidirectional,
         training, False, 0.0,
     )  # fmt: skip
 
@@ -672,9 +678,9 @@ def _run_lengths(
         )
     wrong_dtype = launch is None and input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
-    if states is None:
-        states = _zeros(layer, cell, input, batch)
     if not lengths.any():
+        if states is None:
+            states = _zeros(layer, cell, input, batch)
         # A call of which nothing is used: dtypes and graph are those of any other call.
         output, finals = _launch(
             layer, cell, _nothing_of(input), states, weights, None, steps, batch, refuse, launch
@@ -683,7 +689,7 @@ def _run_lengths(
         return _nothing_of(output), tuple(kept)
 
     def run(
-        rows: Tensor, states: States, batch_sizes: Tensor, reset: Tensor | None
+        rows: Tensor, states: States | None, batch_sizes: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, States]:
         alive = int(batch_sizes[0])
         count = batch_sizes.shape[0]

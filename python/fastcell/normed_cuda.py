@@ -17,7 +17,10 @@ from torch.autograd import Function
 
 from . import cuda, transforms
 from .autocast import without_autocast
-from .normed import PARTS, Norms, States, norm, steps
+from .cells import NORMED_CELLS
+from .cuda_weights import pack, round_tf32
+from .double_backward import gradients_with_graph
+from .normed_composite import States, norm, parts_of, steps
 from .packing import dense
 
 Given = Sequence[Tensor | None]
@@ -40,27 +43,31 @@ class Call(NamedTuple):
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
 
-def direction(
+def has(cell: str, projected: bool) -> bool:
+    """Whether there are kernels of this cell."""
+    return cell in NORMED_CELLS and not projected
+
+
+def layer(
     cell: str,
-    rows: Tensor,
-    hx: Sequence[Tensor] | None,
-    w: Norms,
     sizes: Sequence[int],
     reset: Tensor | None,
     reverse: bool,
     lengths: Tensor | None,
+    rows: Tensor,
+    hx: Sequence[Tensor | None],
+    *weights: Any,
 ) -> tuple[Tensor, States]:
-    """As ``normed.direction``."""
+    """As ``normed_composite.layer``, of a cell that there are kernels of."""
+    w_ih, w_hh, b_ih, b_hh, _, parameters, norm_ih, norm_hh, norm_c = weights
     reset, lengths = (None if t is None else dense(t) for t in (reset, lengths))
     call = Call(cell, tuple(sizes), reset, reverse, lengths, rows.dtype)
-    states = (None, None) if hx is None else (*hx, None)[:2]
     with without_autocast(rows):
-        sums = _Product.apply(rows, w.w_ih, call.real)  # type: ignore[no-untyped-call]
-        gain = w.norm_ih.to(call.real)
-        terms = norm(sums, gain, PARTS[cell], w.w_hh.shape[1])
-        if w.b_ih is not None:
-            terms = terms + w.b_ih.to(call.real)
-        tensors = (terms, *states, w.w_hh, w.norm_hh, w.b_hh, w.norm_c)
+        sums = _Product.apply(rows, w_ih, call.real)  # type: ignore[no-untyped-call]
+        terms = norm(sums, norm_ih.to(call.real), parts_of(cell), w_hh.shape[1])
+        if b_ih is not None:
+            terms = terms + b_ih.to(call.real)
+        tensors = (terms, *(*hx, None)[:2], w_hh, norm_hh, b_hh, norm_c, parameters)
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
             output, *final = _Steps.apply(call, *tensors)  # type: ignore[no-untyped-call]
         else:
@@ -86,7 +93,7 @@ class _Product(Function):
 
 
 class _Steps(Function):
-    """(terms, h, c, w_hh, gain, bias, norm_c) -> (output, *final states)."""
+    """(terms, h, c, w_hh, gain, bias, norm_c, parameters) -> (output, *final states)."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -121,7 +128,7 @@ class _Run:
             index, call.cell, products, backward, len(call.sizes), self.batch, hidden
         )
         matrix = dense(w_hh).t() if backward else dense(w_hh)
-        self.weights = cuda.pack(matrix[None], plan.width, plan.columns, products)
+        self.weights = pack(matrix[None], plan.width, plan.columns, products)
         self.operand = w_hh.new_zeros((plan.samples, plan.width))
         self.sums = w_hh.new_empty((self.batch, matrix.shape[0]), dtype=call.real)
         self.tf32 = products == "tf32"
@@ -152,10 +159,9 @@ class _Run:
 _POINTERS = (
     "lengths", "reset", "terms", "gain", "bias", "cell_norm", "carry_h", "carry_c", "sums",
     "operand", "y", "normed", "gates", "cells", "scales", "state_h", "state_c", "d_y", "d_terms",
-    "d_normed", "d_sums", "d_cell", "before",
+    "d_normed", "d_sums", "d_cell", "before", "parameters", "d_parameters",
 )  # fmt: skip
 _KEPT = 5  # output, normed, gates, cells, scales
-_SAVED = 4  # values per unit, of both cells
 
 
 def _reals(call: Call, tensors: Given) -> list[Tensor | None]:
@@ -171,18 +177,18 @@ def _forward(
     assert terms is not None
     assert w_hh is not None
     rows, hidden = terms.shape[0], w_hh.shape[1]
-    gain, bias, cell_norm = _reals(call, vectors)
+    gain, bias, cell_norm, parameters = _reals(call, vectors)
     states = 1 if cell_norm is None else 2
     run = _Run(call, w_hh, backward=False)
     carry = run.begin((h, c), states)
-    run.operand[: run.batch, :hidden] = cuda.round_tf32(carry[0]) if run.tf32 else carry[0]
+    run.operand[: run.batch, :hidden] = round_tf32(carry[0]) if run.tf32 else carry[0]
     y = terms.new_empty((rows, hidden), dtype=call.dtype)
     kept: list[Tensor | None] = [None] * (_KEPT - 1)
     if keep:
-        norms = len(PARTS[call.cell]) + states - 1
+        norms = len(parts_of(call.cell)) + states - 1
         kept = [
             terms.new_empty(terms.shape),
-            terms.new_empty((rows, _SAVED * hidden)),
+            terms.new_empty((rows, 4 * hidden)),  # (a cell with fewer gates leaves room)
             terms.new_empty((2, rows, hidden)) if states > 1 else None,
             terms.new_empty((rows, norms)),
         ]
@@ -190,7 +196,7 @@ def _forward(
         run.run(
             terms=dense(terms), gain=gain, bias=bias, cell_norm=cell_norm, carry_h=carry[0],
             carry_c=carry[1] if states > 1 else None, y=y, normed=kept[0], gates=kept[1],
-            cells=kept[2], scales=kept[3],
+            cells=kept[2], scales=kept[3], parameters=parameters,
         )  # fmt: skip
     return y, [state.to(call.dtype) for state in carry], kept
 
@@ -203,7 +209,7 @@ def _backward(
     assert terms is not None
     assert w_hh is not None
     rows, hidden = terms.shape[0], w_hh.shape[1]
-    gain, bias, cell_norm = _reals(call, vectors)
+    gain, bias, cell_norm, parameters = _reals(call, vectors)
     states = 1 if cell_norm is None else 2
     y, normed, gates, cells, scales = kept
     assert normed is not None
@@ -214,6 +220,9 @@ def _backward(
     d_sums = torch.empty_like(d_terms, dtype=call.dtype)
     d_cell = terms.new_empty((rows, hidden)) if states > 1 else None
     before = w_hh.new_empty((rows, hidden))
+    d_parameters = None
+    if parameters is not None:
+        d_parameters = terms.new_empty((rows, parameters.numel()))
     if rows:
         run.run(
             gain=gain, bias=bias, cell_norm=cell_norm, carry_h=carry[0],
@@ -221,7 +230,8 @@ def _backward(
             cells=cells, scales=scales, state_h=None if h is None else dense(h),
             state_c=None if c is None else dense(c.to(call.real)),
             d_y=None if grads[0] is None else dense(grads[0]), d_terms=d_terms, d_normed=d_normed,
-            d_sums=d_sums, d_cell=d_cell, before=before,
+            d_sums=d_sums, d_cell=d_cell, before=before, parameters=parameters,
+            d_parameters=d_parameters,
         )  # fmt: skip
         # What the last step to run makes of the first states has been multiplied, and not added.
         last = call.sizes[-1 if call.reverse else 0]
@@ -236,7 +246,11 @@ def _backward(
     if d_cell is not None and needs[6]:
         assert cells is not None
         d_norm_c = torch.stack(((d_cell * cells[1]).sum(0), d_cell.sum(0)))
-    vectors = [None if d is None else d.to(call.dtype) for d in (d_gain, d_bias, d_norm_c)]
+    d_own = None
+    if d_parameters is not None and parameters is not None and needs[7]:
+        d_own = d_parameters.sum(0).view(parameters.shape)
+    found = (d_gain, d_bias, d_norm_c, d_own)
+    vectors = [None if d is None else d.to(call.dtype) for d in found]
     return [d_terms, *(*d_states, None)[:2], d_w_hh, *vectors]
 
 
@@ -244,29 +258,17 @@ def _differentiable(
     call: Call, tensors: Given, _: Given, grads: Given, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same with a graph of their own, of the steps once more."""
-    with torch.enable_grad():
-        own = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-        terms, h, c, *weights = [None if t is None else t.to(call.real) for t in own]
-        assert terms is not None
-        zeros = terms.new_zeros((call.sizes[0], terms.shape[1] // sum(PARTS[call.cell])))
-        first = [zeros if t is None else t for t in (h, c)[: 1 if tensors[6] is None else 2]]
-        output, states = steps(
-            call.cell, call.sizes, call.reset, call.reverse, terms, *first, *weights,
-            lengths=call.lengths,
-        )  # fmt: skip
-        pairs = [
-            (o.to(call.dtype), g)
-            for o, g in zip((output, *states), grads, strict=True)
-            if g is not None
+
+    def outputs_of(*own: Tensor | None) -> Sequence[Tensor]:
+        terms, h, c, w_hh, gain, bias, norm_c, parameters = [
+            None if t is None else t.to(call.real) for t in own
         ]
-        asked = [t for t, need in zip(own, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                [t for t in asked if t is not None],
-                [g for _, g in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if need else None for need in needs]
+        assert terms is not None
+        assert w_hh is not None
+        assert gain is not None
+        hx = (h, c)[: 1 if norm_c is None else 2]
+        given = call.cell, call.sizes, call.reset, call.reverse, call.lengths
+        output, states = steps(*given, terms, hx, w_hh, bias, None, parameters, gain, norm_c)
+        return [t.to(call.dtype) for t in (output, *states)]
+
+    return gradients_with_graph(outputs_of, tensors, grads, needs)

@@ -42,7 +42,14 @@ def check(
     else:
         check_stored_small(config.products, weights)
     _check_alike(x, hx, "initial state")
-    _check_alike(x, [f for f in extras[:2] if f is not None], "dropout mask")
+    narrow = x.dtype in (torch.bfloat16, torch.float16)  # whose factors may be float32
+    masks = [f for f in extras[:2] if f is not None]
+    _check_alike(
+        x, [f for f in masks if not narrow or f.dtype is not torch.float32], "dropout mask"
+    )
+    for mask in masks:
+        if mask.device != x.device:
+            raise RuntimeError(f"dropout masks must be on {x.device}, got {mask.device}")
     packed = batch_sizes is not None
     if batch_sizes is not None and x.dim() == 3:
         _check_lengths(x, batch_sizes, config.batch_first)

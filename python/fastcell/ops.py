@@ -23,14 +23,23 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import composite, cuda, normed_cuda, operator_checks, operators, transforms, vmap
+from . import (
+    composite,
+    cuda,
+    normed_composite,
+    normed_cuda,
+    operator_checks,
+    operators,
+    transforms,
+    vmap,
+)
 from . import recompute as segments
 from .all_states import layer_with_cells
 from .autograd import differentiable
 from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
-from .normed import Norms, kernels_run
-from .normed import direction as normed_direction
+from .normed import engine as normed_engine
+from .normed import split as split_norms
 from .normed import stack as normed_stack
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import EXTRAS_SCHEMA, Config, Extras
@@ -108,15 +117,10 @@ def sequence(
     )
     if recompute and extras.seed is not None:
         raise ValueError("recompute=True does not go with zoneout, whose draws it would not repeat")
-    if widened:
-        extras = extras._replace(
-            dropout=None if extras.dropout is None else extras.dropout.float(),
-            recurrent=None if extras.recurrent is None else extras.recurrent.float(),
-        )
-        if path != "kernel" or _wants_gradient(input, hx, weights):
-            # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
-            result_dtype = result_dtype or input.dtype
-            input, hx, weights = _cast(torch.float32, input, hx, weights)
+    if widened and (path != "kernel" or _wants_gradient(input, hx, weights)):
+        # The forward kernel reads and writes 16 bits itself, but derivatives are float32.
+        result_dtype = result_dtype or input.dtype
+        input, hx, weights = _cast(torch.float32, input, hx, weights)
 
     output: Tensor
     states: Sequence[Tensor]
@@ -156,10 +160,11 @@ def all_states(
     dropout: float,
     training: bool,
     **options: Any,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``sequence``, layer by layer, and all states: beside each other in place of the output.
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """``sequence``, layer by layer, and all states in place of the output.
 
-    h of all layers, each (T, B, D*P), then, if there is one, c of all layers, each (T, B, D*H).
+    h of all layers, each (T, B, D*P); if there is one, c of all layers, each (T, B, D*H); the final
+    states.
     """
     outputs, cells, finals = [], [], []
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
@@ -181,9 +186,7 @@ def all_states(
             cells.append(c)
         outputs.append(input)
         finals.append(states)
-    return torch.cat([*outputs, *cells], -1), tuple(
-        [torch.cat(parts) for parts in zip(*finals, strict=True)]
-    )
+    return outputs, cells, tuple([torch.cat(parts) for parts in zip(*finals, strict=True)])
 
 
 def _with_cells(
@@ -203,9 +206,11 @@ def _with_cells(
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, False)
+    kernels = route(input, weights) == "kernel"
     if input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
-        input, hx, weights = _cast(torch.float32, input, hx, weights)
+        if not kernels or input.dtype not in engine_of(input).DTYPES:
+            input, hx, weights = _cast(torch.float32, input, hx, weights)
     config = Config(cell, 1, bidirectional, bias, batch_first)
     extras = Extras(
         None,
@@ -215,9 +220,6 @@ def _with_cells(
         reset,
         _seed(input) if training and any(options_of(cell).zoneout) else None,
     )
-    kernels = route(input, weights) == "kernel"
-    if kernels and not hasattr(engine_of(input), "cells"):
-        kernels = _without_kernel("every c_t of an LSTM on a GPU") == "kernel"
     output, states, cells = layer_with_cells(
         config, input, hx, weights, batch_sizes, extras, kernels
     )
@@ -236,6 +238,7 @@ def normed(
     reset: Tensor | None,
     *,
     bias: bool,
+    projected: bool,
     directions: int,
     batch_first: bool,
     dropout: float,
@@ -251,22 +254,19 @@ def normed(
             "input, initial states and weights must have one dtype and device, got "
             f"{sorted(map(str, dtypes))} on {sorted(map(str, devices))}"
         )
-    missing = why_no_kernels(input.device)
-    if missing:
-        _without_kernel(missing)
-    run = normed_direction
-    if not missing and engine_of(input) is cuda and kernels_run(input, cuda.DTYPES):
-        run = normed_cuda.direction
-    elif input.dtype in _NARROW:
+    layer = normed_engine(cell, input, projected)
+    if layer is None and input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
         input, hx, weights = _cast(torch.float32, input, hx, weights)
-    width = 4 + 2 * bias + (cell == "lstm")
-    norms = []
-    for k in range(0, len(weights), width):
-        w = list(weights[k : k + width])
-        b_ih, b_hh = (w.pop(2), w.pop(2)) if bias else (None, None)
-        w_ih, w_hh, norm_ih, norm_hh, *norm_c = w
-        norms.append(Norms(w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, next(iter(norm_c), None)))
+        layer = normed_engine(cell, input, projected)
+    if layer is None:
+        missing = why_no_kernels(input.device)
+        if not missing and engine_of(input) is cuda and not normed_cuda.has(cell, projected):
+            missing = "layer normalisation with a projection on a GPU"
+        if missing:
+            _without_kernel(missing)
+        layer = normed_composite.layer
+    norms = split_norms(cell, weights, bias, projected)
     lengths = None
     if input.dim() == 3:
         lengths, batch_sizes = batch_sizes, None
@@ -285,7 +285,7 @@ def normed(
     if reset is not None:
         reset = reset.reshape(-1)
     output, states = normed_stack(
-        cell, rows, hx, norms, sizes, reset, directions, dropout, lengths, run
+        cell, rows, hx, norms, sizes, reset, directions, dropout, lengths, layer
     )
     if batch_sizes is None:
         output = output.view(steps, batch, output.shape[-1])
@@ -435,11 +435,11 @@ def _dropout_masks(
     shape.append(weights[1].shape[1] * (2 if config.bidirectional else 1))
     if torch.compiler.is_compiling() or transforms.transformed() or dropout == 1:
         # Dropped ones: vmap's rules of randomness are then torch's.
-        ones = input.new_ones(shape)
+        ones = input.new_ones(shape, dtype=_factors_dtype(input))
         return torch.stack(
             [torch.nn.functional.dropout(ones, dropout) for _ in range(config.num_layers - 1)]
         )
-    masks = input.new_empty((config.num_layers - 1, *shape))
+    masks = input.new_empty((config.num_layers - 1, *shape), dtype=_factors_dtype(input))
     for mask in masks:
         mask.bernoulli_(1 - dropout).div_(1 - dropout)
     return masks
@@ -454,7 +454,12 @@ def _recurrent_masks(
 ) -> Tensor:
     """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
     shape = next(h.shape for h in composite.zero_states(config, input, weights, batch_sizes))
-    return torch.nn.functional.dropout(input.new_ones(shape), probability)
+    ones = input.new_ones(shape, dtype=_factors_dtype(input))
+    return torch.nn.functional.dropout(ones, probability)
+
+
+def _factors_dtype(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
 
 
 def _seed(input: Tensor) -> Tensor:

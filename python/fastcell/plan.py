@@ -35,7 +35,8 @@ class Extras(NamedTuple):
     """The tensors of a call that no gradient flows to; each may be None. L layers, D directions.
 
     ``dropout``: factors of the outputs between layers, (L-1, T, B, D*P) or packed (L-1, rows, D*P).
-    ``recurrent``: factors of h_{t-1} in the recurrent products, (L*D, B, P).
+    ``recurrent``: factors of h_{t-1} in the recurrent products, (L*D, B, P). Factors of an input of
+    16 bits may be, and drawn ones are, float32: 1/(1 - p) has no exact form in so few.
     ``reset``: bool, (T, B) or packed (rows,): where the states before a step are zero.
     ``seed``: int64, (1,): from which zoneout draws; without one it takes the expectation.
     """

@@ -7,15 +7,17 @@ a GPU stay there: the kernels read them, and nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _core
+
 States = tuple[Tensor, ...]
-# (rows that exist, states of the samples that have some, batch_sizes, reset of the rows or None) ->
-# (output rows, states)
-RunPacked = Callable[[Tensor, States, Tensor, Tensor | None], tuple[Tensor, States]]
+# (rows that exist, states of the samples that have some or None, batch_sizes, reset of the rows or
+# None) -> (output rows, states)
+RunPacked = Callable[[Tensor, States | None, Tensor, Tensor | None], tuple[Tensor, States]]
 
 
 def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
@@ -34,15 +36,49 @@ def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
         raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
     lengths = lengths.long()  # in 8 bits a number of steps may not exist
     if lengths.is_cpu and batch and not torch.compiler.is_compiling():
-        low, high = int(lengths.min()), int(lengths.max())
+        values = lengths.tolist()
+        low, high = min(values), max(values)
         if low < 0 or high > steps:
             raise ValueError(f"lengths must be from 0 to {steps} steps, got {low} to {high}")
     return lengths
 
 
+class _Rows(NamedTuple):
+    """Of a padded batch: the rows that exist, in a packed sequence's order."""
+
+    rows: Tensor  # of the input as one matrix
+    batch_sizes: Tensor
+    order: Tensor  # of the samples that have steps
+    rank: Tensor | None  # of each sample in that order, if all have some
+
+
+def _rows(lengths: Tensor, steps: int, batch_first: bool) -> _Rows:
+    batch = lengths.shape[0]
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        ordered, order = torch.sort(lengths, descending=True, stable=True)
+        some = int((ordered > 0).sum())
+        order, ordered = order[:some], ordered[:some]
+        alive = torch.arange(steps, device="cpu")[:, None] < ordered
+        step, rank = alive.nonzero(as_tuple=True)
+        sizes = alive.sum(1)
+        sample = order[rank]
+        rows = sample * steps + step if batch_first else step * batch + sample
+        return _Rows(rows, sizes[sizes > 0], order, order.argsort() if some == batch else None)
+    lengths = lengths.contiguous()
+    values = lengths.tolist()
+    some = batch - values.count(0)
+    order, rank = torch.empty_like(lengths), torch.empty_like(lengths)
+    sizes, rows = lengths.new_empty(max(values)), lengths.new_empty(sum(values))
+    _core.ragged_rows(
+        steps, batch, lengths.data_ptr(), batch_first, order.data_ptr(), rank.data_ptr(),
+        sizes.data_ptr(), rows.data_ptr(),
+    )  # fmt: skip
+    return _Rows(rows, sizes, order[:some], rank if some == batch else None)
+
+
 def run_ragged(
     input: Tensor,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor] | None,
     lengths: Tensor,
     batch_first: bool,
     reset: Tensor | None,
@@ -50,29 +86,29 @@ def run_ragged(
 ) -> tuple[Tensor, States]:
     """A padded batch by way of its packed rows; output is zero behind each sample's end.
 
-    ``states``: (L*D, B, .) each, which a sample without steps keeps; ``reset``: (T, B).
+    ``states``: (L*D, B, .) each, which a sample without steps keeps, or None for zeros; ``reset``:
+    (T, B).
     """
     first, second, features = input.shape
     steps, batch = (second, first) if batch_first else (first, second)
-    ordered, order = torch.sort(lengths, descending=True, stable=True)
-    some = int((ordered > 0).sum())
-    order, ordered = order[:some], ordered[:some]
-    alive = torch.arange(steps, device="cpu")[:, None] < ordered
-    step, rank = alive.nonzero(as_tuple=True)
-    batch_sizes = alive.sum(1)
-    batch_sizes = batch_sizes[batch_sizes > 0]
-    sample = order[rank]
-    rows = sample * steps + step if batch_first else step * batch + sample
+    rows, batch_sizes, order, rank = _rows(lengths, steps, batch_first)
+    if reset is not None:
+        at = rows % steps * batch + rows // steps if batch_first else rows
+        reset = reset.reshape(-1)[at.to(reset.device)]
     rows, order = rows.to(input.device), order.to(input.device)
-    flat = input.reshape(first * second, features)
     output, finals = run(
-        take_rows(flat, rows),
-        tuple([state.index_select(1, order) for state in states]),
+        take_rows(input.reshape(first * second, features), rows),
+        None if states is None else tuple([state.index_select(1, order) for state in states]),
         batch_sizes,
-        None if reset is None else reset.reshape(-1)[(step * batch + sample).to(reset.device)],
+        reset,
     )
-    padded = put_rows(output, rows, first * second)
-    return padded.view(first, second, -1), tuple(
+    padded = put_rows(output, rows, first * second).view(first, second, -1)
+    if rank is not None:
+        rank = rank.to(input.device)
+        return padded, tuple([f.index_select(1, rank) for f in finals])
+    if states is None:
+        states = [f.new_zeros((f.shape[0], batch, f.shape[2])) for f in finals]
+    return padded, tuple(
         [s.to(f.dtype).index_copy(1, order, f) for s, f in zip(states, finals, strict=True)]
     )
 

@@ -49,11 +49,12 @@ class Dropout:
 
     def masks(self, shape: Sequence[int], like: Tensor, index: int) -> Tensor:
         """The factors of a segment."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
         if self.probability == 1:
-            return like.new_zeros(shape)
+            return like.new_zeros(shape, dtype=dtype)
         generator = torch.Generator(like.device).manual_seed((self.seed + index) % (1 << 63))
         keep = 1 - self.probability
-        return like.new_empty(shape).bernoulli_(keep, generator=generator).div_(keep)
+        return like.new_empty(shape, dtype=dtype).bernoulli_(keep, generator=generator).div_(keep)
 
 
 def sequence(

@@ -33,7 +33,8 @@ struct Case {
   bool packed;          // samples of different lengths, as in a PackedSequence
   int multiprocessors;  // of the emulated device
 };
-constexpr long long kSteps = 4;  // both slots of the exchange are written again and read again
+// Both slots of the exchange are written again and read again, and a launch begins with the second.
+constexpr long long kSteps = 6, kFirstPart = 3;
 
 // What is wrong on purpose, to see that the sanitizer finds it.
 enum class Wrong { kNothing, kExchange, kStates } wrong = Wrong::kNothing;
@@ -96,7 +97,7 @@ class Layer {
     for (int d = 0; d < sizes.directions; ++d) {
       given_.push_back({random<E>(gates_ * hidden_ * output_, 2 / std::sqrt(double(output_))),
                         random<E>(output_ * hidden_, 2 / std::sqrt(double(hidden_))),
-                        random<E>(batch * output_, 1), random<E>(batch * output_, 1),
+                        random<E>(batch * output_, 1), random<R>(batch * output_, 1),
                         random<R>(rows_ * gates_ * hidden_, 1),
                         random<R>(size_t(cell_.apart) * hidden_, 1), random<R>(batch * hidden_, 1),
                         random<R>(batch * output_, 1), random<R>(batch * hidden_, 1)});
@@ -141,8 +142,8 @@ class Layer {
 
  private:
   struct Given {
-    std::vector<E> w_hh, w_hr, h, factors;
-    std::vector<R> terms, apart_bias, c, d_h, d_c;
+    std::vector<E> w_hh, w_hr, h;
+    std::vector<R> factors, terms, apart_bias, c, d_h, d_c;
   };
   struct Workspace {
     std::vector<E> weights, projection, exchange, exchange_projected;
@@ -151,8 +152,8 @@ class Layer {
 
   bool projected() const { return hidden_ != output_; }
 
-  // Weights as python/fastcell/cuda.py packs them: [units / 8][k chunk][group][8][64 bytes], zero
-  // beside the `units` and `k` that `weight` (group, unit, k) has.
+  // Weights as python/fastcell/cuda_weights.py packs them: [units / 8][k chunk][group][8][64 bytes],
+  // zero beside the `units` and `k` that `weight` (group, unit, k) has.
   template <class Weight>
   static std::vector<E> pack(size_t groups, size_t units, size_t k, size_t columns, int width,
                              const Weight& weight) {
@@ -186,8 +187,8 @@ class Layer {
     const auto transposed = [&](size_t, size_t u, size_t k) { return w_hr(0, k, u); };
 
     Workspace made;
-    made.exchange.resize(2 * samples * size_t(plan.width));
-    made.exchange_projected.resize(samples * size_t(plan.projected_width));
+    made.exchange.resize(2 * samples * size_t(plan.stride));
+    made.exchange_projected.resize(samples * size_t(plan.projected_stride));
     made.flags.resize(size_t(plan.tiles * plan.unit_blocks));
     if (plan.sizes.backward) {
       const size_t k = (hidden_ + kGroup - 1) / kGroup * kGroup * gates_;
@@ -206,8 +207,8 @@ class Layer {
       const size_t sample = i / output_;
       const bool alive = lengths_[sample] > (long long)(first);
       if (alive && reset_[size_t(offsets_[first]) + sample]) continue;
-      Operand<P>::from(h[i] * widen(given.factors[i]),
-                       made.exchange[sample * size_t(plan.width) + i % output_]);
+      Operand<P>::from(h[i] * given.factors[i],
+                       made.exchange[sample * size_t(plan.stride) + i % output_]);
     }
     return made;
   }
@@ -253,7 +254,9 @@ class Layer {
     sweep.finish = backward;
     sweep.status = &status;
     sweep.patience = 1LL << 40;
-    fastcell::cuda::run(plan, sweep, nullptr);
+    // In two parts, as a wavefront of layers runs it.
+    fastcell::cuda::run(plan, sweep, 0, kFirstPart, nullptr);
+    fastcell::cuda::run(plan, sweep, kFirstPart, kSteps, nullptr);
   }
 
   const Case case_;

@@ -197,8 +197,8 @@ void step(const std::string& name, const CellOptions& options, const double* x, 
 double held(const Problem& p, int at, int state, int64_t row, int64_t unit) {
   const double part = p.stack.options.zoneout[state];
   if (!p.extras) return part;
-  const noise::Bits key =
-      noise::row_key(p.seed, noise::Bits(at), noise::Bits(state), noise::Counter(row));
+  const noise::Bits own = noise::state_key(p.seed, noise::Bits(at), noise::Bits(state));
+  const noise::Bits key = noise::row_key(own, noise::Counter(row));
   return noise::draw(key, noise::Bits(unit)) < noise::threshold(part) ? 1 : 0;
 }
 

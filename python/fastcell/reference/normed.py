@@ -9,8 +9,10 @@ A norm of n numbers v with gain γ, and backward with d the gradient of what it 
 A step, with x = LN(x_t Wᵀ; norm_ih) + b and u = LN(h' Uᵀ; norm_hh) + d, gate by gate; LSTM over all
 four gates together, GRU over r and z together and over n apart:
 
-    LSTM   c = σ(x_f + u_f) * c' + σ(x_i + u_i) * tanh(x_g + u_g)
-           h = σ(x_o + u_o) * tanh(LN(c; γ_c) + β_c)             γ_c, β_c: the rows of norm_c
+    LSTM   i = σ(x_i + u_i + p_i * c')    f = σ(x_f + u_f + p_f * c')    g = tanh(x_g + u_g)
+           c = f * c' + i * g             o = σ(x_o + u_o + p_o * c)
+           h = o * tanh(LN(c; γ_c) + β_c)             γ_c, β_c: the rows of norm_c
+           without peepholes p = 0; with coupled gates f = 1 - i; a projection takes that h
     GRU    the step of ``cells.GRU`` with gx = x, gh = u
 
 Source: Ba, Kiros, Hinton, "Layer normalization", arXiv:1607.06450 (2016).
@@ -25,7 +27,6 @@ import numpy as np
 
 from .cells import GRU, Array, Weights, blocks, sigmoid
 
-PARTS = {"lstm": (4,), "gru": (2, 1)}
 _EPSILON = 1e-5
 _GRU = GRU("gru")
 
@@ -47,8 +48,8 @@ def norm_backward(grad: Array, gain: Array, saved: tuple[Array, Array]) -> tuple
 
 
 def _parts(cell: str, v: Array) -> list[Array]:
-    hidden = v.shape[-1] // sum(PARTS[cell])
-    return np.split(v, [n * hidden for n in np.cumsum(PARTS[cell])[:-1]], -1)
+    """What is normalised together."""
+    return np.split(v, [v.shape[-1] // 3 * 2], -1) if cell == "gru" else [v]
 
 
 def _norms(cell: str, v: Array, gain: Array) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -64,12 +65,56 @@ def _norms_backward(
     return np.concatenate([f[0] for f in found], -1), np.concatenate([f[1] for f in found], -1)
 
 
+class _Lstm:
+    """What follows the norms of the terms, and comes before the projection."""
+
+    def __init__(self, cell: str, w: Weights) -> None:
+        self.coupled, self.norm_c = "coupled" in cell, w["norm_c"]
+        self.peepholes = w.get("weight_peephole")
+
+    def _seen(self, row: int, c: Array) -> Array | float:
+        return 0.0 if self.peepholes is None else self.peepholes[row] * c
+
+    def step(self, a: Array, c_prev: Array) -> tuple[Array, Array, tuple[Any, ...]]:
+        """(o * tanh of the normalised c, c, what ``step_backward`` needs)."""
+        a_i, *a_f, a_g, a_o = blocks(a, 3 if self.coupled else 4)
+        i = sigmoid(a_i + self._seen(0, c_prev))
+        f = 1 - i if self.coupled else sigmoid(a_f[0] + self._seen(1, c_prev))
+        g = np.tanh(a_g)
+        c = f * c_prev + i * g
+        o = sigmoid(a_o + self._seen(-1, c))
+        normed_c, of_c = norm(c, self.norm_c[0])
+        tanh_c = np.tanh(normed_c + self.norm_c[1])
+        return o * tanh_c, c, (c_prev, i, f, g, o, c, tanh_c, of_c)
+
+    def step_backward(
+        self, grad_m: Array, grad_c: Array, saved: tuple[Any, ...], total: dict[str, Array]
+    ) -> tuple[Array, Array]:
+        """Gradients of the gates' arguments and of c_{t-1}; those of weights join ``total``."""
+        c_prev, i, f, g, o, c, tanh_c, of_c = saved
+        grad_n = grad_m * o * (1 - tanh_c * tanh_c)
+        through_norm, along = norm_backward(grad_n, self.norm_c[0], of_c)
+        total["norm_c"] += np.stack([along.sum(0), grad_n.sum(0)])
+        d_o = grad_m * tanh_c * o * (1 - o)
+        grad_c = grad_c + through_norm + self._seen(-1, d_o)
+        d_i = grad_c * (g - c_prev if self.coupled else g) * i * (1 - i)
+        d_f = [] if self.coupled else [grad_c * c_prev * f * (1 - f)]
+        grad_prev = grad_c * f + self._seen(0, d_i)
+        if d_f:
+            grad_prev = grad_prev + self._seen(1, d_f[0])
+        if self.peepholes is not None:
+            rows = [d_i * c_prev, *[d * c_prev for d in d_f], d_o * c]
+            total["weight_peephole"] += np.stack([row.sum(0) for row in rows])
+        return np.concatenate([d_i, *d_f, grad_c * i * (1 - g * g), d_o], axis=1), grad_prev
+
+
 def forward(
     cell: str, x: Array, states: list[Array], w: Weights
 ) -> tuple[Array, list[Array], list[Any]]:
-    """Outputs (T, B, H) of x (T, B, I) from states (B, H), the final states, and the tape.
+    """Outputs (T, B, P) of x (T, B, I) from states (B, .), the final states, and the tape.
 
-    ``w``: weight_ih, weight_hh, bias_ih, bias_hh, norm_ih, norm_hh and for "lstm" norm_c.
+    ``w``: weight_ih, weight_hh, bias_ih, bias_hh, norm_ih, norm_hh, for an LSTM norm_c and, where
+    it has some, weight_hr and weight_peephole.
     """
     tape, outputs = [], []
     for x_t in x:
@@ -77,18 +122,13 @@ def forward(
         terms, of_x = _norms(cell, x_t @ w["weight_ih"].T, w["norm_ih"])
         recurrent, of_h = _norms(cell, h_prev @ w["weight_hh"].T, w["norm_hh"])
         gx, gh = terms + w["bias_ih"], recurrent + w["bias_hh"]
-        saved: tuple[Any, ...]
-        if cell == "lstm":
-            a_i, a_f, a_g, a_o = blocks(gx + gh, 4)
-            i, f, g, o = sigmoid(a_i), sigmoid(a_f), np.tanh(a_g), sigmoid(a_o)
-            c = f * states[1] + i * g
-            normed_c, of_c = norm(c, w["norm_c"][0])
-            tanh_c = np.tanh(normed_c + w["norm_c"][1])
-            saved = (states[1], i, f, g, o, tanh_c, of_c)
-            states = [o * tanh_c, c]
-        else:
+        m = None
+        if cell == "gru":
             states, saved = _GRU.step(gx, gh, states, w)
-        tape.append((x_t, h_prev, of_x, of_h, saved))
+        else:
+            m, c, saved = _Lstm(cell, w).step(gx + gh, states[1])
+            states = [m @ w["weight_hr"].T if "weight_hr" in w else m, c]
+        tape.append((x_t, h_prev, of_x, of_h, m, saved))
         outputs.append(states[0])
     return np.stack(outputs), states, tape
 
@@ -100,28 +140,18 @@ def backward(
     total = {name: np.zeros_like(weight) for name, weight in w.items()}
     grads, grad_x = list(grad_states), np.empty((len(tape), *tape[0][0].shape), grad_output.dtype)
     for t in reversed(range(len(tape))):
-        x_t, h_prev, of_x, of_h, saved = tape[t]
+        x_t, h_prev, of_x, of_h, m, saved = tape[t]
         grad_h = grads[0] + grad_output[t]
         direct: Array | float = 0.0
-        if cell == "lstm":
-            c_prev, i, f, g, o, tanh_c, of_c = saved
-            grad_n = grad_h * o * (1 - tanh_c * tanh_c)
-            grad_c, along = norm_backward(grad_n, w["norm_c"][0], of_c)
-            grad_c = grad_c + grads[1]
-            total["norm_c"] += np.stack([along.sum(0), grad_n.sum(0)])
-            grad_gx = grad_gh = np.concatenate(
-                [
-                    grad_c * g * i * (1 - i),
-                    grad_c * c_prev * f * (1 - f),
-                    grad_c * i * (1 - g * g),
-                    grad_h * tanh_c * o * (1 - o),
-                ],
-                axis=1,
-            )
-            grads = [grad_h, grad_c * f]
-        else:
+        if cell == "gru":
             (direct,), factors = _GRU.step_backward([grad_h], saved, w)  # type: ignore[assignment]
             grad_gx, grad_gh = factors["gx"], factors["gh"]
+        else:
+            if "weight_hr" in w:
+                total["weight_hr"] += grad_h.T @ m
+                grad_h = grad_h @ w["weight_hr"]
+            grad_gx, grads[1] = _Lstm(cell, w).step_backward(grad_h, grads[1], saved, total)
+            grad_gh = grad_gx
         of_terms, along_x = _norms_backward(cell, grad_gx, w["norm_ih"], of_x)
         of_sums, along_h = _norms_backward(cell, grad_gh, w["norm_hh"], of_h)
         total["bias_ih"] += grad_gx.sum(0)

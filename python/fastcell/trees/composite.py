@@ -1,6 +1,6 @@
 """Trees in plain, differentiable torch operations, level by level.
 
-It serves where no kernel does: derivatives of derivatives, forward mode, torch.func, GPUs.
+It serves where no kernel does: derivatives of derivatives, forward mode, torch.func.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from .. import _core
 from ..cpu import scratch
 from ..packing import dense
 from .cells import SPECS, Config
-from .forest import Schedule
+from .forest import Forest
 
 
 @lru_cache(maxsize=256)
@@ -28,12 +28,13 @@ def kept_elements(config: Config, dtype: torch.dtype, input_size: int, hidden_si
 
 
 def forward(
-    config: Config, schedule: Schedule, x: Tensor, weights: Sequence[Tensor], keep: bool
+    config: Config, forest: Forest, x: Tensor, weights: Sequence[Tensor], keep: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """The states of all nodes, each (nodes, H), and what the backward call needs or None.
 
     The arguments are taken as checked: ``x`` (nodes, I) in float32 or float64.
     """
+    schedule = forest.schedule
     nodes, hidden = x.shape[0], weights[1].shape[1] // config.positions
     tree = _bound(config, x.dtype, x.shape[1], hidden)
     x, weights = dense(x), [dense(w) for w in weights]
@@ -50,7 +51,7 @@ def forward(
 
 def backward(
     config: Config,
-    schedule: Schedule,
+    forest: Forest,
     grads: Sequence[Tensor | None],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -59,6 +60,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of [x, *weights] from those of the states; None where ``needs`` says so."""
+    schedule = forest.schedule
     nodes, hidden = x.shape[0], weights[1].shape[1] // config.positions
     if nodes == 0:
         return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +62,26 @@ class Forest:
         if fault:
             raise NotATreeError(fault, node)
         self.levels: int = levels
+        self._placed: dict[Any, Any] = {}
         self.schedule = Schedule(
             parents, positions, order, level_offsets[: levels + 1], child_offsets, children
         )
+
+    def on(self, device: torch.device, what: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes for a device, once for as long as there are these trees.
+
+        Each stream has its own: there alone memory can be used and freed without waiting.
+        """
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (what, device, stream)
+        if key not in self._placed:
+            # (In inference mode tensors would be made that later calls could not use.)
+            with torch.inference_mode(False):
+                self._placed[key] = make()
+        return self._placed[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_placed": {}}  # other processes make their own
 
 
 class Trees:

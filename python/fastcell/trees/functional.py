@@ -95,4 +95,12 @@ def _run(
         check_dtypes(input, weights)
     if config.arity:
         trees.check_arity(config.arity)
-    return *ops.tree(config, input, weights, trees), trees.roots.to(input.device)
+    return *ops.tree(config, input, weights, trees), _roots(trees, input.device)
+
+
+def _roots(trees: Trees, device: torch.device) -> Tensor:
+    """The roots' rows on a device, which is not to be waited for in every call."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return trees.roots.to(device)
+    found: Tensor = trees.forest.on(device, "roots", lambda: trees.roots.to(device))
+    return found

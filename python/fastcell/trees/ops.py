@@ -1,8 +1,7 @@
 """One call over trees: the path it takes, its derivatives, and its operators.
 
-As for sequences (``fastcell.ops``): plain tensors on the CPU go straight to the kernels, where
-torch must see one operator they run behind ``fastcell::tree``, and what no kernel serves runs in
-torch operations.
+As for sequences (``fastcell.ops``): plain tensors go straight to the kernels, where torch must see
+one operator they run behind ``fastcell::tree``, and what no kernel serves runs in torch operations.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from .. import ops, transforms
 from ..autocast import without_autocast
 from ..double_backward import _gradients, _own
 from ..engines import why_no_kernels
-from ..operators import is_plain
-from . import composite, cpu
+from ..operators import DEVICES, is_plain
+from . import composite, cpu, cuda
 from .cells import SPECS, Config
 from .checks import check_dtypes, check_operands
 from .forest import Forest, Schedule, Trees
 
+# As fastcell.engines; a meta tensor has the CPU's sizes.
+ENGINES: dict[str, Any] = {"cpu": cpu, "meta": cpu, "cuda": cuda}
 _NARROW = (torch.bfloat16, torch.float16)
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -43,7 +44,7 @@ def tree(
         input, weights = input.float(), [w.float() for w in weights]
     states: Sequence[Tensor]
     if path == "kernel":
-        states = _differentiable(config, input, weights, trees.forest.schedule)
+        states = _differentiable(config, input, weights, trees.forest)
     elif path == "composite":
         states = composite.run(config, trees.forest.schedule, input, weights)
     else:
@@ -65,44 +66,49 @@ def route(input: Tensor, weights: Sequence[Tensor]) -> str:
 
 def no_kernels_for(device: torch.device) -> str:
     """What has no kernels for trees where tensors are on this device; nothing where there are."""
-    return why_no_kernels(device) or ("trees on CUDA devices" if device.type == "cuda" else "")
+    return why_no_kernels(device)
+
+
+def _engine_of(input: Tensor) -> Any:
+    return ENGINES[input.device.type]
 
 
 def _differentiable(
-    config: Config, input: Tensor, weights: Sequence[Tensor], schedule: Schedule
+    config: Config, input: Tensor, weights: Sequence[Tensor], forest: Forest
 ) -> Sequence[Tensor]:
     """The kernels' states, with the graph for their derivatives where one is wanted."""
     if torch.is_grad_enabled() and any([t.requires_grad for t in (input, *weights)]):
         found: Sequence[Tensor] = TreeFunction.apply(  # type: ignore[no-untyped-call]
-            config, schedule, schedule.parents, schedule.positions, input, *weights
+            config, forest, forest.schedule.parents, forest.schedule.positions, input, *weights
         )
         return found
-    return cpu.forward(config, schedule, input, weights, False)[0]
+    states: Sequence[Tensor] = _engine_of(input).forward(config, forest, input, weights, False)[0]
+    return states
 
 
 class TreeFunction(Function):
     """(input, *weights) -> states of all nodes.
 
-    ``schedule`` may be None: then it is made of ``parents`` and ``positions``, behind an operator.
+    ``forest`` may be None: then it is made of ``parents`` and ``positions``, behind an operator.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         config: Config,
-        schedule: Schedule | None,
+        forest: Forest | None,
         parents: Tensor,
         positions: Tensor,
         input: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        if schedule is None:
+        if forest is None:
             states, kept = torch.ops.fastcell.tree_forward(
                 input, list(weights), parents, positions, *config, True
             )
         else:
-            states, kept = cpu.forward(config, schedule, input, weights, True)
-        ctx.config, ctx.schedule = config, schedule
+            states, kept = _engine_of(input).forward(config, forest, input, weights, True)
+        ctx.config, ctx.forest = config, forest
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(parents, positions, kept, *states, input, *weights)
         return tuple(states)
@@ -110,15 +116,14 @@ class TreeFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         parents, positions, kept, *tensors = ctx.saved_tensors
-        config, schedule, needs = ctx.config, ctx.schedule, ctx.needs_input_grad[4:]
+        config, forest, needs = ctx.config, ctx.forest, ctx.needs_input_grad[4:]
         count = SPECS[config.cell].states
         states, input, weights = tensors[:count], tensors[count], tensors[count + 1 :]
         batched = any([g is not None and _is_legacy_batched(g) for g in grads])
         if torch.is_grad_enabled() or transforms.transformed() or batched:
-            if schedule is None:
-                schedule = Forest(parents, positions).schedule
+            schedule = (forest or Forest(parents, positions)).schedule
             found = _composite_backward(config, schedule, grads, input, weights, needs)
-        elif schedule is None:
+        elif forest is None:
             some = iter(
                 torch.ops.fastcell.tree_backward(
                     list(grads), input, weights, parents, positions, states, kept, *config,
@@ -127,7 +132,9 @@ class TreeFunction(Function):
             )  # fmt: skip
             found = [next(some) if need else None for need in needs]
         else:
-            found = cpu.backward(config, schedule, grads, input, weights, states, kept, needs)
+            found = _engine_of(input).backward(
+                config, forest, grads, input, weights, states, kept, needs
+            )
         return None, None, None, None, *found
 
 
@@ -165,14 +172,14 @@ def _tree(
     ``parents``: rows of the batch, -1 at roots. Implicitly composite, as ``fastcell::sequence``.
     """
     checked = Config(*config)
-    schedule = None
+    forest = None
     if is_plain(input):
-        schedule = _checked(checked, input, weights, parents, positions)
+        forest = _checked(checked, input, weights, parents, positions)
     if transforms.transformed():
-        schedule = schedule or Forest(parents, positions).schedule
-        return list(composite.run(checked, schedule, input, weights))
-    if schedule is not None:
-        return list(_differentiable(checked, input, weights, schedule))
+        forest = forest or Forest(parents, positions)
+        return list(composite.run(checked, forest.schedule, input, weights))
+    if forest is not None:
+        return list(_differentiable(checked, input, weights, forest))
     return list(
         TreeFunction.apply(  # type: ignore[no-untyped-call]
             checked, None, parents, positions, input, *weights
@@ -188,8 +195,8 @@ _library.impl(  # type: ignore[no-untyped-call]
 
 def _checked(
     config: Config, input: Tensor, weights: Sequence[Tensor], parents: Tensor, positions: Tensor
-) -> Schedule:
-    """The schedule, after checks of all that the kernels will read: programs can give anything.
+) -> Forest:
+    """The trees, after checks of all that the kernels will read: programs can give anything.
 
     Raises RuntimeError or ValueError.
     """
@@ -198,10 +205,10 @@ def _checked(
             f"cell must be one of {', '.join(SPECS)} and arity 0 or more, got {config.cell!r} and "
             f"{config.arity}"
         )
-    if input.dtype not in (torch.float32, torch.float64) or not input.is_cpu:
+    if input.dtype not in (torch.float32, torch.float64) or input.device.type not in DEVICES:
         raise RuntimeError(
-            f"fastcell's kernels for trees take float32 or float64 on cpu, got {input.dtype} on "
-            f"{input.device}"
+            f"fastcell's kernels for trees take float32 or float64 on {' or '.join(DEVICES)}, got "
+            f"{input.dtype} on {input.device}"
         )
     nodes = parents.numel()
     check_operands(config, input, weights, nodes)
@@ -219,13 +226,13 @@ def _checked(
         raise RuntimeError(
             f"positions must be below the arity {config.arity}, got {forest.most_position}"
         )
-    return forest.schedule
+    return forest
 
 
 @torch.library.custom_op(
     "fastcell::tree_forward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=DEVICES,
     schema=f"({_OPERANDS}, {_CONFIG}, bool keep) -> (Tensor[], Tensor)",
 )
 def _tree_forward(
@@ -239,8 +246,8 @@ def _tree_forward(
     keep: bool,
 ) -> tuple[list[Tensor], Tensor]:
     config = Config(cell, arity, bias)
-    schedule = _checked(config, input, weights, parents, positions)
-    states, kept = cpu.forward(config, schedule, input, weights, keep)
+    forest = _checked(config, input, weights, parents, positions)
+    states, kept = _engine_of(input).forward(config, forest, input, weights, keep)
     return states, input.new_empty(0) if kept is None else kept
 
 
@@ -258,14 +265,14 @@ def _(
     config = Config(cell, arity, bias)
     nodes, hidden = input.shape[0], int(weights[1].shape[1]) // config.positions
     states = [input.new_empty((nodes, hidden)) for _ in range(SPECS[cell].states)]
-    each = cpu.kept_elements(config, input.dtype, int(input.shape[1]), hidden)
+    each = _engine_of(input).kept_elements(config, input.dtype, int(input.shape[1]), hidden)
     return states, input.new_empty(nodes * each if keep else 0)
 
 
 @torch.library.custom_op(
     "fastcell::tree_backward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=DEVICES,
     schema=(
         f"(Tensor?[] grads, {_OPERANDS}, Tensor[] states, Tensor kept, {_CONFIG}, bool[] needs)"
         " -> Tensor[]"
@@ -285,20 +292,27 @@ def _tree_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     config = Config(cell, arity, bias)
-    schedule = _checked(config, input, weights, parents, positions)
+    forest = _checked(config, input, weights, parents, positions)
+    engine = _engine_of(input)
     hidden = weights[1].shape[1] // config.positions
     count = SPECS[cell].states
-    each = cpu.kept_elements(config, input.dtype, input.shape[1], hidden)
+    each = engine.kept_elements(config, input.dtype, input.shape[1], hidden)
     expected = (input.shape[0], hidden)
     alike = [*states, *[g for g in grads if g is not None]]
     if (
         len(states) != count
         or len(grads) != count
         or len(needs) != 1 + len(weights)
-        or any([t.shape != expected or t.dtype is not input.dtype or not t.is_cpu for t in alike])
+        or any(
+            [
+                t.shape != expected or t.dtype is not input.dtype or t.device != input.device
+                for t in alike
+            ]
+        )
         or not all([s.is_contiguous() for s in states])
         or kept.shape != (input.shape[0] * each,)
         or kept.dtype is not input.dtype
+        or kept.device != input.device
         or not kept.is_contiguous()
     ):
         raise RuntimeError(
@@ -306,7 +320,7 @@ def _tree_backward(
             f"forward call kept ({input.shape[0] * each} elements), all of {input.dtype}, and one "
             f"entry of needs for each of {1 + len(weights)} tensors"
         )
-    found = cpu.backward(config, schedule, grads, input, weights, states, kept, needs)
+    found = engine.backward(config, forest, grads, input, weights, states, kept, needs)
     return [g for g in found if g is not None]
 
 
