@@ -307,6 +307,18 @@ def test_layers_cells_and_functions(kind, device, launches):
     assert torch.autograd.grad(frozen(x.requires_grad_())[0].sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_changed_before_the_backward_pass_is_refused(kind, device):
+    layer = getattr(fastcell, kind)(3, 6, layer_norm=True, device=device)
+    reset = torch.rand(4, 2, device=device) < 0.5
+    for changed in (reset, layer.norm_hh_l0):
+        output, _ = layer(torch.randn(4, 2, 3, device=device), reset=reset)
+        with torch.no_grad():
+            changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_what_the_kernels_refuse():
     plan = emulated().CudaNormedPlan
     with pytest.raises(ValueError, match="no CUDA kernels for normalised cell rnn"):
