@@ -269,7 +269,7 @@ def test_lengths_on_the_device(cell, batch_first, place, device):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_lengths_above_the_steps_count_as_all(place, device):
+def test_lengths_above_the_steps_count_as_all_and_below_zero_as_none(place, device):
     layer = fastcell.LSTM(3, 20, bidirectional=True, device=device)
     x = torch.randn(4, 3, 3, device=device)
 
@@ -293,8 +293,9 @@ def test_lengths_above_the_steps_count_as_all(place, device):
         return [output, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
 
     with cuda.choose_engine(place):
-        for found, expected in zip(run([9, 2, 5]), run([4, 2, 4]), strict=True):
-            assert torch.equal(found, expected)
+        for given, counted in (([9, 2, 5], [4, 2, 4]), ([3, -1, 5], [3, 0, 4])):
+            for found, expected in zip(run(given), run(counted), strict=True):
+                assert torch.equal(found, expected)
 
 
 def test_backward_within_autocast(device):

@@ -397,12 +397,28 @@ class CudaPlan:
         """Of one launch."""
 
     @property
+    def at_once(self) -> int:
+        """Layers like this that the device holds at once, in whole; 0 if it does not hold one."""
+
+    @property
+    def time(self) -> float:
+        """Nanoseconds that the model expects for all steps."""
+
+    @property
     def width(self) -> int:
         """Numbers along k of the recurrent product, with padding."""
 
     @property
     def projected_width(self) -> int:
         """The same of the projection; 0 without one."""
+
+    @property
+    def stride(self) -> int:
+        """Numbers between rows of what blocks exchange."""
+
+    @property
+    def projected_stride(self) -> int:
+        """The same where a projection takes them."""
 
     @property
     def shared(self) -> int:
@@ -430,8 +446,12 @@ class CudaPlan:
         finish: bool,
         status: int,
         patience: int,
+        begin: int,
+        end: int,
     ) -> None:
-        """Launch all steps on a stream. Pointers are those of csrc/cuda/sweep.h.
+        """Launch some steps, as the pass counts them, on a stream.
+
+        Pointers are those of csrc/cuda/sweep.h.
 
         Raises RuntimeError if a launch fails.
         """

@@ -23,7 +23,8 @@ RunPacked = Callable[[Tensor, States | None, Tensor, Tensor | None], tuple[Tenso
 def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
     """``lengths`` as int64, after refusing what no lengths of a (steps, batch) input can be.
 
-    Values on a GPU are not looked at: one above ``steps`` counts as ``steps`` there.
+    Values on a GPU are not looked at: one above ``steps`` counts as ``steps`` there, one below 0 as
+    0.
 
     Raises:
         TypeError: not a tensor of integers.
