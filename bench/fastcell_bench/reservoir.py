@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 import fastcell
 from fastcell_bench.cli import positive, whole
+from fastcell_bench.variants import block
 
 Array = NDArray[np.floating[Any]]
 Run = Callable[[], list[Array]]
@@ -135,15 +135,7 @@ def kernel(kind: Any, weights: Any, sequences: list[Array]) -> Run:
 def timed(run: Run) -> Timed:
     """Blocks of calls of it."""
 
-    def block(min_time: float) -> float:
-        begin, count = time.perf_counter(), 0
-        while True:
-            run()
-            count += 1
-            if (passed := time.perf_counter() - begin) >= min_time:
-                return passed / count
-
-    return block
+    return lambda min_time: block(run, min_time)
 
 
 def alternate(blocks: list[Timed], count: int, min_time: float) -> list[list[float]]:

@@ -75,11 +75,12 @@ def alternate(runs: Sequence[Run | Peer], blocks: int, min_time: float) -> list[
             run()
     for _ in range(blocks):
         for run, found in zip(runs, times, strict=True):
-            found.append(_block(run, min_time) if callable(run) else run.block(min_time))
+            found.append(block(run, min_time) if callable(run) else run.block(min_time))
     return times
 
 
-def _block(run: Run, min_time: float) -> float:
+def block(run: Run, min_time: float) -> float:
+    """Seconds per call, over a block of at least ``min_time``."""
     begin, count = time.perf_counter(), 0
     while True:
         run()
