@@ -142,8 +142,8 @@ def alternate(blocks: list[Timed], count: int, min_time: float) -> list[list[flo
     """Seconds per call of each, block by block."""
     times: list[list[float]] = [[] for _ in blocks]
     for _ in range(count):
-        for block, found in zip(blocks, times, strict=True):
-            found.append(block(min_time))
+        for one, found in zip(blocks, times, strict=True):
+            found.append(one(min_time))
     return times
 
 
