@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, transforms
 
 States = tuple[Tensor, ...]
 # (rows that exist, states of the samples that have some or None, batch_sizes, reset of the rows or
@@ -124,7 +124,10 @@ def take_rows(t: Tensor, rows: Tensor) -> Tensor:
 
 def put_rows(t: Tensor, rows: Tensor, count: int) -> Tensor:
     """``count`` rows of zeros with ``t`` at ``rows``."""
-    return t.new_zeros((count, t.shape[-1])).index_copy(0, rows, t)
+    zeros = t.new_zeros((count, t.shape[-1]))
+    if torch.compiler.is_compiling() or transforms.transformed():
+        return zeros.index_copy(0, rows, t)
+    return zeros.index_copy_(0, rows, t)
 
 
 class _Take(torch.autograd.Function):
