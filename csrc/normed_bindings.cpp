@@ -38,6 +38,8 @@ class BoundNormed {
 
   int64_t kept_elements() const { return kernels_->kept_elements(hidden_, projected_); }
 
+  int64_t cells_at() const { return kernels_->cells_at(hidden_); }
+
   int64_t workspace(int64_t steps, int64_t batch, int64_t rows, bool keep, bool backward,
                     int threads) const {
     NormedCall call = call_of(steps, batch, rows);
@@ -51,7 +53,7 @@ class BoundNormed {
   // pointers: offsets, x, weights (2), gains (2), biases (2), cell norm, projection, parameters,
   // h0, c0, final h, final c, reset, y, kept, workspace. gradients: none, or d_y, d_final (2),
   // d_state (2), d_x, d_weights (2), d_gains (2), d_biases (2), d_cell_norm, d_projection,
-  // d_parameters.
+  // d_parameters, d_cells.
   void run(int64_t steps, int64_t batch, int64_t rows, const std::array<Pointer, 19>& p,
            const std::vector<Pointer>& g, int threads) const {
     NormedCall call = call_of(steps, batch, rows);
@@ -73,9 +75,10 @@ class BoundNormed {
     call.workspace = as(p[18]);
     NormedGradients gradients{};
     if (!g.empty()) {
-      if (g.size() != 15) throw std::invalid_argument("run: wrong number of gradients");
+      if (g.size() != 16) throw std::invalid_argument("run: wrong number of gradients");
       gradients = {as(g[0]),
                    {as(g[1]), as(g[2])},
+                   as(g[15]),
                    {as(g[3]), as(g[4])},
                    as(g[5]),
                    {as(g[6]), as(g[7])},
@@ -136,6 +139,7 @@ void bind_normed(py::module_& module, const Kernels& (*kernels)()) {
            py::arg("cell"), py::arg("float64"), py::arg("features"), py::arg("hidden"),
            py::arg("output"), py::arg("projected"), py::arg("reverse"))
       .def_property_readonly("kept_elements", &BoundNormed::kept_elements)
+      .def_property_readonly("cells_at", &BoundNormed::cells_at)
       .def("workspace", &BoundNormed::workspace)
       .def("run", &BoundNormed::run);
 }

@@ -198,6 +198,35 @@ def test_every_form_of_input(kind, form, dtype, given, device, launches):
     assert len(launches) == 8
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_peephole"])
+def test_c_of_all_steps(kind, dtype, device):
+    """And its gradient: beside torch's operations in float64."""
+    problem = Problem(kind, Sizes(5, 3, 4, 19), "lengths", reset=True)
+
+    def run(dtype, device):
+        x, *weights = (
+            t.to(device, dtype, copy=True).requires_grad_() for t in (problem.x, *problem.weights)
+        )
+        outputs, cells, _ = ops.normed_states(
+            kind, x, None, weights, problem.lengths.to(device), problem.reset.to(device),
+            bias=True, projected=False, directions=1, batch_first=False, dropout=0.0, every=True,
+        )  # fmt: skip
+        assert cells[0].dtype is dtype
+        given = [problem.d_output, problem.d_output.flip(0)]
+        total = sum((t * g.to(t)).sum() for t, g in zip((*outputs, *cells), given, strict=True))
+        found = (*outputs, *cells, *torch.autograd.grad(total, [x, *weights]))
+        return [t.detach().cpu().double() for t in found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "normed_engine", lambda *_: None)
+        patch.setattr(ops, "_NARROW", ())
+        exact, usual = run(F64, "cpu"), run(dtype, "cpu")
+    most = max((a - b).abs().max() / b.abs().max() for a, b in zip(usual, exact, strict=True))
+    for a, b in zip(run(dtype, device), exact, strict=True):
+        assert (a - b).abs().max() <= 4 * (most + eps_of(dtype)) * b.abs().max()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_tiles(kind, form, device):
@@ -246,7 +275,7 @@ def test_a_sample_has_the_same_bits_beside_others(kind, device):
     rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)), None)
 
     def run(terms, samples):
-        call = normed_cuda.Call(problem.cell, (samples,) * 5, None, False, None, F32)
+        call = normed_cuda.Call(problem.cell, (samples,) * 5, None, False, None, F32, False)
         return normed_cuda._forward(call, (terms, None, None, *rest), keep=False)[0]
 
     every = run(terms, 13).view(5, 13, 50)
@@ -326,4 +355,4 @@ def test_what_the_kernels_refuse():
     with pytest.raises(ValueError, match="no CUDA kernels for products of float8"):
         plan(0, "lstm", "float8", False, 1, 1, 1)
     with pytest.raises(ValueError, match="other steps or samples than planned"):
-        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 25)
+        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 26)

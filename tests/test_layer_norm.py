@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastcell
-from fastcell import normed, normed_composite, normed_cpu, reference
+from fastcell import normed, normed_composite, normed_cpu, ops, reference
 from fastcell.cells import cell_of
+from fastcell.normed_composite import Call
 from support import threads
 from tolerances import finite_difference_tolerance
 
@@ -219,12 +220,13 @@ def test_kernels_as_plain_torch(kind, reverse, form, bias):
     torch.manual_seed(3)
     sizes = FORMS[form]
     cell, operands = call_of(kind, sizes, 5, 37, bias)
-    given = cell, sizes, torch.rand(sum(sizes)) < 0.2, reverse, None
-    wanted = everything(partial(normed_composite.layer, *given), *operands)
+    reset = torch.rand(sum(sizes)) < 0.2
+    call = Call(cell, sizes, reset, reverse, None, torch.float64, kind != "GRU")
+    wanted = everything(partial(normed_composite.layer, call), *operands)
     bits = None
     for count in (1, 2, 3):
         with threads(count):
-            found = everything(partial(normed_cpu.layer, *given), *operands)
+            found = everything(partial(normed_cpu.layer, call), *operands)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
         bits = bits or found
@@ -235,7 +237,8 @@ def test_kernels_as_plain_torch(kind, reverse, form, bias):
 def test_only_what_is_asked_for(kind):
     """Any one gradient alone is the one among all of them; nothing is kept without any."""
     cell, (rows, hx, weights) = call_of(kind, (4, 4, 2), 5, 9)
-    run = partial(normed_cpu.layer, cell, (4, 4, 2), None, False, None)
+    call = Call(cell, (4, 4, 2), None, False, None, torch.float64, False)
+    run = partial(normed_cpu.layer, call)
     every = everything(run, rows, hx, weights)[1 + len(hx) :]
     leaves = [t for t in (rows, *hx, *weights) if t is not None]
     for k, wanted in enumerate(every):
@@ -276,6 +279,60 @@ def test_every_form_of_input(kind):
     torch.testing.assert_close(
         turned(x.transpose(0, 1), lengths=lengths, reset=reset.t())[0].transpose(0, 1), output
     )
+
+
+@pytest.mark.parametrize("form", ["padded", "lengths", "packed", "unbatched"])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_all_states(kind, form):
+    """Those of each step, and their gradients, as step by step."""
+    layer = layer_of(kind, 4, 6, 2, bidirectional=form != "unbatched")
+    x = torch.randn(5, 3, 4).double().requires_grad_()
+    lengths = torch.tensor([5, 5, 5] if form == "padded" else [5, 2, 3])
+    if form == "unbatched":
+        output, final, every = layer(x[:, 0], return_states=True)
+    elif form == "packed":
+        pack = torch.nn.utils.rnn.pack_padded_sequence
+        packed, final, every = layer(pack(x, lengths, enforce_sorted=False), return_states=True)
+        output = packed.data
+    else:
+        given = {} if form == "padded" else {"lengths": lengths}
+        output, final, every = layer(x, **given, return_states=True)
+    every = every if kind != "GRU" else (every,)
+    final = final if kind != "GRU" else (final,)
+    directions = 1 if form == "unbatched" else 2
+    # The last layer's h are the output, and the states at a sample's end are the final ones.
+    h = every[0]
+    torch.testing.assert_close(torch.cat(list(h[-directions:]), -1), output)
+    if form in ("padded", "lengths"):
+        for of_kind, last in zip(every, final, strict=True):
+            for b, n in enumerate(lengths.tolist()):
+                torch.testing.assert_close(of_kind[0, n - 1, b], last[0, b])
+                torch.testing.assert_close(of_kind[1, 0, b], last[1, b])
+                assert not of_kind[:, n:, b].any()
+    # A weight on every state at once: the gradient of a copy that runs in torch's operations.
+    weights = [torch.randn_like(s) for s in every]
+    leaves = [x, *layer.parameters()]
+    found = torch.autograd.grad(
+        sum((s * w).sum() for s, w in zip(every, weights, strict=True)), leaves, allow_unused=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "normed_engine", lambda *_: None)
+        if form == "unbatched":
+            again = layer(x[:, 0], return_states=True)[2]
+        elif form == "packed":
+            again = layer(pack(x, lengths, enforce_sorted=False), return_states=True)[2]
+        else:
+            again = layer(x, **given, return_states=True)[2]
+    again = again if kind != "GRU" else (again,)
+    for a, b in zip(every, again, strict=True):
+        torch.testing.assert_close(a, b)
+    wanted = torch.autograd.grad(
+        sum((s * w).sum() for s, w in zip(again, weights, strict=True)), leaves, allow_unused=True
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -354,8 +411,6 @@ def test_other_refusals():
         layer(torch.zeros(0, 1, 3))
     with pytest.raises(RuntimeError, match="one dtype and device"):
         layer(torch.zeros(2, 1, 3).double())
-    with pytest.raises(ValueError, match="return_states does not go with layer_norm"):
-        layer(torch.zeros(2, 1, 3), return_states=True)
     with pytest.raises((ValueError, TypeError), match="layer"):
         fastcell.Stream(layer)
     assert layer(torch.zeros(2, 0, 3))[0].shape == (2, 0, 4)

@@ -138,8 +138,8 @@ def _normed_loop(layer: torch.nn.RNNBase) -> Callable[[torch.Tensor], torch.Tens
     def run(x: torch.Tensor) -> torch.Tensor:
         steps, batch, _ = x.shape
         rows, hx = x.flatten(0, 1), [None] * spec_of(cell).states
-        given = cell, [batch] * steps, None, False, None
-        output, _ = normed_composite.layer(*given, rows, hx, *weights)
+        call = normed_composite.Call(cell, (batch,) * steps, None, False, None, x.dtype, False)
+        output, _ = normed_composite.layer(call, rows, hx, *weights)
         return output.view(steps, batch, hidden)
 
     return run

@@ -31,6 +31,7 @@ struct NormedCall {
 struct NormedGradients {
   const void* d_y;  // (rows, output)
   const void* d_final[kMaxStates];
+  const void* d_cells;  // (rows, H): of c at all steps, besides
   void* d_state[kMaxStates];
   void* d_x;
   void* d_weights[2];

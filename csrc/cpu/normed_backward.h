@@ -224,6 +224,9 @@ class NormedBackward : NormedPass<T, CellOf> {
         const V d_normed = V::load(scratch_row(kOfNormed) + unit);
         d_state[1] =
             V::load(d_c + unit) + slope.to_x(d_normed, V::load(scratch_row(kNormed) + unit));
+        if (gradients.d_cells) {
+          d_state[1] = d_state[1] + load_first(in(gradients.d_cells) + r * H + unit, there);
+        }
         d_u[G - 1] = V::load(scratch_row(kOfGate) + unit);
       } else {
         gates(keep, unit, there, p, was[0], saved);

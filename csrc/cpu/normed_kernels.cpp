@@ -16,6 +16,7 @@ constexpr NormedKernels normed_kernels_of(const char* name) {
           [](int64_t hidden, bool projected) {
             return NormedLayout<Cell, Vec<T>::lanes>{hidden, projected}.elements();
           },
+          [](int64_t hidden) { return NormedLayout<Cell, Vec<T>::lanes>{hidden, false}.cell_at(); },
           Forward::workspace_bytes,
           Backward::workspace_bytes,
           Forward::run,

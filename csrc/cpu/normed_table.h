@@ -10,6 +10,7 @@ namespace fastcell {
 struct NormedKernels {
   const char* name;
   int64_t (*kept_elements)(int64_t hidden, bool projected);  // of a row
+  int64_t (*cells_at)(int64_t hidden);                       // where c lies in those
   int64_t (*forward_workspace)(const NormedCall&, int threads);
   int64_t (*backward_workspace)(const NormedCall&, int threads);
   void (*forward)(const NormedCall&, const Team&);

@@ -156,7 +156,10 @@ struct Normed {
     if (!exists) {  // what is not there counts for nothing in the weights' gradients
       clear(y, H);
       clear(normed, G * H);
-      if (kCell) clear(normed_cells(), H);
+      if (kCell && p.cells) {
+        clear(cells(), H);
+        clear(normed_cells(), H);
+      }
       return;
     }
     constexpr Parts<C> kParts = parts_of<C>();
@@ -278,6 +281,7 @@ struct Normed {
     R* const d_n = at<R>(p.d_cell, row, H);
     R* const d_parameters = at<R>(p.d_parameters, row, N * H);
     const R* const cell = cells();
+    const R* const d_cells = at<R>(p.d_cells, row, H);
     const auto d_output = [&](Index unit) {
       R d = d_h[unit];
       if (later) d = d + later[unit];
@@ -325,7 +329,7 @@ struct Normed {
         before[1] = V(past_c ? past_c[unit] : R(0));
         c = V(cell[unit]);
         d_state[0] = V(0);
-        d_state[1] = V(d_c[unit] + d_cell);
+        d_state[1] = V(d_c[unit] + d_cell + (d_cells ? d_cells[unit] : R(0)));
         d_u[G - 1] = V(d_normed[(G - 1) * H + unit]);
       } else {
         d_state[0] = V(d_output(unit));

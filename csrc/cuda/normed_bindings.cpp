@@ -19,7 +19,7 @@ using cuda::NormedPlan;
 using cuda::NormedStep;
 
 // The addresses of a step, in the order of NormedStep; 0 for null.
-constexpr size_t kPointers = 25;
+constexpr size_t kPointers = 26;
 NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   NormedStep step{};
   step.lengths = as<const long long>(p[0]);
@@ -47,6 +47,7 @@ NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   step.before = as(p[22]);
   step.parameters = as(p[23]);
   step.d_parameters = as(p[24]);
+  step.d_cells = as(p[25]);
   return step;
 }
 

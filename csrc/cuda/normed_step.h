@@ -43,6 +43,7 @@ struct NormedStep {
   long long fed;         // samples, the first ones, for which `sums` has a gradient of h
   const void* state[2];  // E and R (B, H): before the first step, or null for zeros
   const void* d_y;       // E (rows, H), or null
+  const void* d_cells;   // R (rows, H): of c at all steps, besides; or null
   void* d_terms;         // R (rows, G*H)
   void* d_normed;        // R (rows, G*H): behind the recurrent terms' norm; d_terms if they equal
   void* d_sums;          // E (rows, G*H): before it

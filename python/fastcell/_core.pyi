@@ -623,6 +623,10 @@ class Normed:
     def kept_elements(self) -> int:
         """Elements that a forward call keeps per row for its backward call."""
 
+    @property
+    def cells_at(self) -> int:
+        """Where an LSTM's c begins in those."""
+
     def workspace(
         self, steps: int, batch: int, rows: int, keep: bool, backward: bool, threads: int, /
     ) -> int:

@@ -26,12 +26,36 @@ def run_all(
     reset: Sequences | None,
 ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
     """Output, final states, and of each kind of state all: (L*D, T, B, .)."""
-    if layer.layer_norm:
-        raise ValueError("return_states does not go with layer_norm")
     if layer.skip > 1:
         raise ValueError("return_states does not go with skip, whose layers run by phases")
     weights = layer.dropped(layer.weights_of_call())
     directions = 2 if layer.bidirectional else 1
+
+    def run(
+        cell: str,
+        input: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None,
+        steps: int,
+        reset: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor], States]:
+        if layer.layer_norm:
+            return ops.normed_states(
+                cell, input, states, weights, batch_sizes, reset, bias=layer.bias,
+                projected=layer.proj_size > 0, directions=directions,
+                batch_first=layer.batch_first, every=True,
+                dropout=layer.dropout if layer.training else 0.0,
+            )  # fmt: skip
+        check_tensors(
+            input, states, weights, steps, spec_of(cell), layer.input_size, layer.hidden_size,
+            layer.proj_size, layer.num_layers, directions, layer.bias,
+        )  # fmt: skip
+        return ops.all_states(
+            cell, input, states, weights, batch_sizes, num_layers=layer.num_layers,
+            bidirectional=layer.bidirectional, batch_first=layer.batch_first,
+            dropout=layer.dropout, training=layer.training, bias=layer.bias,
+            recurrent_dropout=layer.recurrent_dropout, reset=reset,
+        )  # fmt: skip
 
     def launch(
         cell: str,
@@ -41,16 +65,7 @@ def run_all(
         steps: int,
         reset: Tensor | None,
     ) -> tuple[Tensor, States]:
-        check_tensors(
-            input, states, weights, steps, spec_of(cell), layer.input_size, layer.hidden_size,
-            layer.proj_size, layer.num_layers, directions, layer.bias,
-        )  # fmt: skip
-        outputs, cells, finals = ops.all_states(
-            cell, input, states, weights, batch_sizes, num_layers=layer.num_layers,
-            bidirectional=layer.bidirectional, batch_first=layer.batch_first,
-            dropout=layer.dropout, training=layer.training, bias=layer.bias,
-            recurrent_dropout=layer.recurrent_dropout, reset=reset,
-        )  # fmt: skip
+        outputs, cells, finals = run(cell, input, states, batch_sizes, steps, reset)
         if plain:
             aside.extend([kind for kind in (outputs, cells) if kind])
             return outputs[-1], finals

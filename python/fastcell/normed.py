@@ -14,9 +14,9 @@ from torch import Tensor
 from . import cuda, normed_cpu, normed_cuda, transforms
 from .cells import spec_of
 from .engines import engine_of, why_no_kernels
+from .normed_composite import Call, States
 from .operators import is_plain
 
-States = tuple[Tensor, ...]
 Run = Callable[..., tuple[Tensor, States]]
 
 
@@ -53,35 +53,39 @@ def split(cell: str, weights: Sequence[Tensor], bias: bool, projected: bool) -> 
 
 
 def stack(
-    cell: str,
+    call: Call,
     rows: Tensor,
     hx: Sequence[Tensor] | None,
     weights: Sequence[Norms],
-    sizes: Sequence[int],
-    reset: Tensor | None,
     directions: int,
     dropout: float,
-    lengths: Tensor | None,
     layer: Run,
-) -> tuple[Tensor, States]:
-    """A stack on packed rows (rows, I), of which the first ``sizes[0]`` are step 0, and so on.
+) -> tuple[list[Tensor], list[Tensor], States]:
+    """A stack on the rows of ``call``: of each layer the output rows, of each c of all steps.
 
-    ``hx``: each (L*D, B, .); ``reset``: (rows,); ``lengths``: of the samples (B,), where rows are
-    not packed; ``layer``: as :func:`engine` finds it, or that of ``normed_composite``. Returns
-    output rows and the final states.
+    ``hx``: each (L*D, B, .); ``layer``: as :func:`engine` finds it, or that of
+    ``normed_composite``. The final states come last.
     """
+    outputs: list[Tensor] = []
+    cells: list[Tensor] = []
     finals: list[States] = []
     for k in range(0, len(weights), directions):
         if k:
             rows = torch.nn.functional.dropout(rows, dropout)
-        outputs = []
+        sides: list[Tensor] = []
+        sides_c: list[Tensor] = []
         for d in range(directions):
-            own = [None] * spec_of(cell).states if hx is None else [h[k + d] for h in hx]
-            output, final = layer(cell, sizes, reset, d == 1, lengths, rows, own, *weights[k + d])
-            outputs.append(output)
-            finals.append(final)
-        rows = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return rows, tuple([torch.stack(parts) for parts in zip(*finals, strict=True)])
+            own = [None] * spec_of(call.cell).states if hx is None else [h[k + d] for h in hx]
+            output, states = layer(call._replace(reverse=d == 1), rows, own, *weights[k + d])
+            sides.append(output)
+            if call.cells:
+                sides_c.append(states[-1])
+            finals.append(states[: len(own)])
+        rows = sides[0] if directions == 1 else torch.cat(sides, -1)
+        if call.cells:
+            cells.append(torch.cat(sides_c, -1))
+        outputs.append(rows)
+    return outputs, cells, tuple([torch.stack(parts) for parts in zip(*finals, strict=True)])
 
 
 def engine(cell: str, rows: Tensor, projected: bool) -> Run | None:

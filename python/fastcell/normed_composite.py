@@ -6,6 +6,7 @@ For devices without kernels, under torch.compile and transforms, and for derivat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from .cells import spec_of
 
 States = tuple[Tensor, ...]
 _EPSILON = 1e-5  # as in csrc/cpu/norm.h
+
+
+class Call(NamedTuple):
+    """Of a layer and direction, what is no tensor to be differentiated."""
+
+    cell: str
+    sizes: tuple[int, ...]  # samples of each step
+    reset: Tensor | None  # (rows,)
+    reverse: bool
+    lengths: Tensor | None  # of the samples, where rows are not packed
+    dtype: torch.dtype  # of the rows
+    cells: bool  # whether c of all steps is asked for, of a cell that has one
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of a GPU's sums, norms and states between steps."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
 
 
 def parts_of(cell: str) -> tuple[int, ...]:
@@ -29,11 +47,7 @@ def norm(x: Tensor, gain: Tensor, parts: Sequence[int], hidden: int) -> Tensor:
 
 
 def layer(
-    cell: str,
-    sizes: Sequence[int],
-    reset: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None,
+    call: Call,
     rows: Tensor,
     hx: Sequence[Tensor | None],
     w_ih: Tensor,
@@ -46,23 +60,19 @@ def layer(
     norm_hh: Tensor,
     norm_c: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """One layer and direction: output rows and final states.
+    """One layer and direction: output rows, and the final states.
 
-    ``hx``: each (B, .), None: zeros; ``lengths``: of the samples, where rows are not packed.
+    ``hx``: each (B, .), None: zeros. With ``call.cells`` c of all steps, (rows, H), is one more
+    state at the end.
     """
-    parts = parts_of(cell)
+    parts = parts_of(call.cell)
     terms = norm(linear(rows, w_ih), norm_ih, parts, w_hh.shape[0] // sum(parts))
     terms = terms if b_ih is None else terms + b_ih
-    given = cell, sizes, reset, reverse, lengths
-    return steps(*given, terms, hx, w_hh, b_hh, projection, parameters, norm_hh, norm_c)
+    return steps(call, terms, hx, w_hh, b_hh, projection, parameters, norm_hh, norm_c)
 
 
 def steps(
-    cell: str,
-    sizes: Sequence[int],
-    reset: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None,
+    call: Call,
     terms: Tensor,
     hx: Sequence[Tensor | None],
     w_hh: Tensor,
@@ -73,6 +83,7 @@ def steps(
     norm_c: Tensor | None,
 ) -> tuple[Tensor, States]:
     """The steps alone; ``terms``: the gates' input terms (rows, G*H)."""
+    cell, sizes, reset, reverse, lengths, *_ = call
     parts, output = parts_of(cell), w_hh.shape[1]
     hidden = w_hh.shape[0] // sum(parts)
     given = torch.split(terms, list(sizes))
@@ -83,7 +94,7 @@ def steps(
             for h, width in zip(hx, (output, hidden), strict=False)
         ]
     )
-    outputs: list[Tensor] = [terms] * len(sizes)
+    outputs, cells = [terms] * len(sizes), [terms] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         n, x = sizes[t], given[t]
         now = tuple([s[:n] for s in state])
@@ -102,13 +113,13 @@ def steps(
             new = _lstm((x + u).chunk(sum(parts), -1), now[1], parameters, norm_c)
             if projection is not None:
                 new = linear(new[0], projection), new[1]
-        outputs[t] = new[0]
+        outputs[t], cells[t] = new[0], new[-1]
         if lengths is not None:
             alive = (t < lengths)[:, None]
-            outputs[t] = new[0].where(alive, 0)
+            outputs[t], cells[t] = new[0].where(alive, 0), new[-1].where(alive, 0)
             new = tuple([a.where(alive, s) for a, s in zip(new, state, strict=True)])
         state = tuple([torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True)])
-    return torch.cat(outputs), state
+    return torch.cat(outputs), (*state, torch.cat(cells)) if call.cells else state
 
 
 def _lstm(

@@ -14,29 +14,22 @@ from . import _core, normed_composite, transforms
 from .cells import spec_of
 from .cpu import row_offsets, scratch
 from .double_backward import gradients_with_graph
+from .normed_composite import Call, States
 from .packing import dense
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def layer(
-    cell: str,
-    sizes: Sequence[int],
-    reset: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None,
-    rows: Tensor,
-    hx: Sequence[Tensor | None],
-    *weights: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    call: Call, rows: Tensor, hx: Sequence[Tensor | None], *weights: Tensor | None
+) -> tuple[Tensor, States]:
     """As ``normed_composite.layer``; rows whose samples have lengths are packed."""
-    assert lengths is None
+    assert call.lengths is None
     tensors = (rows, *hx, *weights)
-    given = cell, tuple(sizes), reset, reverse
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        output, *states = _Layer.apply(*given, *tensors)  # type: ignore[no-untyped-call]
+        output, *states = _Layer.apply(call, *tensors)  # type: ignore[no-untyped-call]
     else:
-        output, states, _ = _Call(*given, tensors).forward(keep=False)
+        output, states, _ = _Run(call, tensors).forward(keep=call.cells)
     return output, tuple(states)
 
 
@@ -57,20 +50,14 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-class _Call:
+class _Run:
     """Tensors of a call as the kernel takes them: (x, *hx, *weights of Norms)."""
 
-    def __init__(
-        self,
-        cell: str,
-        sizes: tuple[int, ...],
-        reset: Tensor | None,
-        reverse: bool,
-        tensors: Sequence[Tensor | None],
-    ) -> None:
+    def __init__(self, call: Call, tensors: Sequence[Tensor | None]) -> None:
+        cell, sizes, reset, reverse, *_ = call
         x, *rest = [t if t is None else dense(t) for t in tensors]
         assert x is not None
-        self.x, self.sizes = x, sizes
+        self.x, self.sizes, self.cells = x, sizes, call.cells
         spec = spec_of(cell)
         self.hx, self.weights = rest[: spec.states], rest[spec.states :]
         _, w_hh, _, _, projection, *_ = self.weights
@@ -88,13 +75,17 @@ class _Call:
         self.offsets = row_offsets(torch.tensor(sizes, device="cpu")) if ragged else None
 
     def forward(self, keep: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Output rows, final states, and what ``backward`` needs."""
+        """Output rows, final states (and c of all steps), and what ``backward`` needs."""
         rows = self.x.shape[0]
         output = self.x.new_empty(rows, self.output)
         widths = (self.output, self.hidden)[: len(self.hx)]
         states = [self.x.new_empty(self.sizes[0], width) for width in widths]
         kept = self.x.new_empty(rows, self.kernel.kept_elements) if keep else None
         self._run(states, output, kept, [])
+        if self.cells:
+            assert kept is not None
+            at = self.kernel.cells_at
+            states.append(kept[:, at : at + self.hidden].contiguous())
         return output, states, kept
 
     def backward(
@@ -106,6 +97,7 @@ class _Call:
     ) -> list[Tensor | None]:
         """Gradients of the tensors that there are and that ``needs`` asks for."""
         d_output, *d_states = [None if g is None else dense(g) for g in grads]
+        d_cells = d_states.pop() if self.cells else None
         tensors = (self.x, *self.hx, *self.weights)
         found = [
             torch.empty_like(t) if need and t is not None else None
@@ -113,7 +105,8 @@ class _Call:
         ]
         d_x, *rest = found
         d_hx, d_weights = rest[: len(self.hx)], rest[len(self.hx) :]
-        gradients = (d_output, *_two(d_states), *_two(d_hx), d_x, *_by_place(d_weights))
+        of_weights = _by_place(d_weights)
+        gradients = (d_output, *_two(d_states), *_two(d_hx), d_x, *of_weights, d_cells)
         self._run((), output, kept, gradients)
         return found
 
@@ -148,29 +141,21 @@ def _by_place(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class _Layer(Function):
-    """(x, *hx, *weights) -> (output, *final states)."""
+    """(x, *hx, *weights) -> (output, *final states, and with ``call.cells`` c of all steps)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        cell: str,
-        sizes: tuple[int, ...],
-        reset: Tensor | None,
-        reverse: bool,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        output, states, kept = _Call(cell, sizes, reset, reverse, tensors).forward(keep=True)
-        ctx.call = cell, sizes, reverse
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        output, states, kept = _Run(call, tensors).forward(keep=True)
+        ctx.call = call._replace(reset=None)
         ctx.set_materialize_grads(False)
         # A copy: the caller may change his output in place.
-        ctx.save_for_backward(reset, kept, output.clone(), *tensors)
+        ctx.save_for_backward(call.reset, kept, output.clone(), *tensors)
         return output, *states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        cell, sizes, reverse = ctx.call
         reset, kept, output, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        call, needs = ctx.call._replace(reset=reset), ctx.needs_input_grad[1:]
         if (
             torch.is_grad_enabled()
             or transforms.transformed()
@@ -178,15 +163,11 @@ class _Layer(Function):
         ):
 
             def outputs_of(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-                count = spec_of(cell).states
-                hx, weights = rest[:count], rest[count:]
-                output, states = normed_composite.layer(
-                    cell, sizes, reset, reverse, None, x, hx, *weights
-                )
+                count = spec_of(call.cell).states
+                output, states = normed_composite.layer(call, x, rest[:count], *rest[count:])
                 return output, *states
 
             found = gradients_with_graph(outputs_of, tensors, grads, needs)
         else:
-            call = _Call(cell, sizes, reset, reverse, tensors)
-            found = call.backward(grads, needs, output, kept)
-        return None, None, None, None, *found
+            found = _Run(call, tensors).backward(grads, needs, output, kept)
+        return None, *found

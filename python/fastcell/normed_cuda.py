@@ -9,7 +9,7 @@ operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +20,11 @@ from .autocast import without_autocast
 from .cells import NORMED_CELLS
 from .cuda_weights import pack, round_tf32
 from .double_backward import gradients_with_graph
-from .normed_composite import States, norm, parts_of, steps
+from .normed_composite import Call, States, norm, parts_of, steps
 from .packing import dense
 
 Given = Sequence[Tensor | None]
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-
-
-class Call(NamedTuple):
-    """Of a layer and direction, what is no tensor to be differentiated."""
-
-    cell: str
-    sizes: tuple[int, ...]  # samples of each step
-    reset: Tensor | None
-    reverse: bool
-    lengths: Tensor | None  # of the samples, on the device
-    dtype: torch.dtype
-
-    @property
-    def real(self) -> torch.dtype:
-        """The dtype of sums, norms and states between steps."""
-        return torch.float64 if self.dtype is torch.float64 else torch.float32
 
 
 def has(cell: str, projected: bool) -> bool:
@@ -49,29 +33,22 @@ def has(cell: str, projected: bool) -> bool:
 
 
 def layer(
-    cell: str,
-    sizes: Sequence[int],
-    reset: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None,
-    rows: Tensor,
-    hx: Sequence[Tensor | None],
-    *weights: Any,
+    call: Call, rows: Tensor, hx: Sequence[Tensor | None], *weights: Any
 ) -> tuple[Tensor, States]:
     """As ``normed_composite.layer``, of a cell that there are kernels of."""
     w_ih, w_hh, b_ih, b_hh, _, parameters, norm_ih, norm_hh, norm_c = weights
-    reset, lengths = (None if t is None else dense(t) for t in (reset, lengths))
-    call = Call(cell, tuple(sizes), reset, reverse, lengths, rows.dtype)
+    reset, lengths = (None if t is None else dense(t) for t in (call.reset, call.lengths))
+    call = call._replace(reset=reset, lengths=lengths)
     with without_autocast(rows):
         sums = _Product.apply(rows, w_ih, call.real)  # type: ignore[no-untyped-call]
-        terms = norm(sums, norm_ih.to(call.real), parts_of(cell), w_hh.shape[1])
+        terms = norm(sums, norm_ih.to(call.real), parts_of(call.cell), w_hh.shape[1])
         if b_ih is not None:
             terms = terms + b_ih.to(call.real)
         tensors = (terms, *(*hx, None)[:2], w_hh, norm_hh, b_hh, norm_c, parameters)
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
             output, *final = _Steps.apply(call, *tensors)  # type: ignore[no-untyped-call]
         else:
-            output, final, _ = _forward(call, tensors, keep=False)
+            output, final, _ = _forward(call, tensors, keep=call.cells)
     return output, tuple(final)
 
 
@@ -93,7 +70,7 @@ class _Product(Function):
 
 
 class _Steps(Function):
-    """(terms, h, c, w_hh, gain, bias, norm_c, parameters) -> (output, *final states)."""
+    """(terms, h, c, w_hh, gain, bias, norm_c, parameters) -> (output, *states of ``layer``)."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -160,6 +137,7 @@ _POINTERS = (
     "lengths", "reset", "terms", "gain", "bias", "cell_norm", "carry_h", "carry_c", "sums",
     "operand", "y", "normed", "gates", "cells", "scales", "state_h", "state_c", "d_y", "d_terms",
     "d_normed", "d_sums", "d_cell", "before", "parameters", "d_parameters",
+    "d_cells",
 )  # fmt: skip
 _KEPT = 5  # output, normed, gates, cells, scales
 
@@ -198,7 +176,11 @@ def _forward(
             carry_c=carry[1] if states > 1 else None, y=y, normed=kept[0], gates=kept[1],
             cells=kept[2], scales=kept[3], parameters=parameters,
         )  # fmt: skip
-    return y, [state.to(call.dtype) for state in carry], kept
+    found = [state.to(call.dtype) for state in carry]
+    if call.cells:
+        assert kept[2] is not None
+        found.append(kept[2][0].to(call.dtype, copy=True))
+    return y, found, kept
 
 
 def _backward(
@@ -215,6 +197,7 @@ def _backward(
     assert normed is not None
     run = _Run(call, w_hh, backward=True)
     carry = run.begin((*grads[1:], None), states)
+    d_cells = grads[-1] if call.cells else None
     d_terms = torch.empty_like(terms, memory_format=torch.contiguous_format)
     d_normed = d_terms if states > 1 else torch.empty_like(d_terms)
     d_sums = torch.empty_like(d_terms, dtype=call.dtype)
@@ -232,6 +215,7 @@ def _backward(
             d_y=None if grads[0] is None else dense(grads[0]), d_terms=d_terms, d_normed=d_normed,
             d_sums=d_sums, d_cell=d_cell, before=before, parameters=parameters,
             d_parameters=d_parameters,
+            d_cells=None if d_cells is None else dense(d_cells.to(call.real)),
         )  # fmt: skip
         # What the last step to run makes of the first states has been multiplied, and not added.
         last = call.sizes[-1 if call.reverse else 0]
@@ -267,8 +251,7 @@ def _differentiable(
         assert w_hh is not None
         assert gain is not None
         hx = (h, c)[: 1 if norm_c is None else 2]
-        given = call.cell, call.sizes, call.reset, call.reverse, call.lengths
-        output, states = steps(*given, terms, hx, w_hh, bias, None, parameters, gain, norm_c)
+        output, states = steps(call, terms, hx, w_hh, bias, None, parameters, gain, norm_c)
         return [t.to(call.dtype) for t in (output, *states)]
 
     return gradients_with_graph(outputs_of, tensors, grads, needs)

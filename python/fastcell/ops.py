@@ -41,6 +41,7 @@ from .engines import engine_of, why_no_kernels
 from .normed import engine as normed_engine
 from .normed import split as split_norms
 from .normed import stack as normed_stack
+from .normed_composite import Call as NormedCall
 from .operators import CONFIG_SCHEMA, PLAIN
 from .plan import EXTRAS_SCHEMA, Config, Extras
 
@@ -236,14 +237,34 @@ def normed(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     reset: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``normed_states``: the output and the final states."""
+    arguments = cell, input, hx, weights, batch_sizes, reset
+    outputs, _, states = normed_states(*arguments, every=False, **options)
+    return outputs[-1], states
+
+
+def normed_states(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
     *,
     bias: bool,
     projected: bool,
     directions: int,
     batch_first: bool,
     dropout: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A stack with layer normalisation: ``weights`` as ``normed.Norms``, in one flat list."""
+    every: bool,
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """A stack with layer normalisation: ``weights`` as ``normed.Norms``, in one flat list.
+
+    Returns h of all layers, with ``every`` and of a cell that has one c of all layers, and the
+    final states; as :func:`all_states`.
+    """
     result_dtype = None
     if torch._C._is_any_autocast_enabled():
         input, hx, weights, result_dtype = _autocast(cell, input, hx, weights, False)
@@ -266,7 +287,6 @@ def normed(
         if missing:
             _without_kernel(missing)
         layer = normed_composite.layer
-    norms = split_norms(cell, weights, bias, projected)
     lengths = None
     if input.dim() == 3:
         lengths, batch_sizes = batch_sizes, None
@@ -275,24 +295,29 @@ def normed(
         steps, batch, features = timed.shape
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        sizes = [batch] * steps
+        sizes = (batch,) * steps
         if lengths is not None:  # whatever stands behind a sample's end
             alive = torch.arange(steps, device=input.device)[:, None] < lengths
             timed = timed.where(alive[:, :, None], 0)
         rows = timed.reshape(steps * batch, features)
     else:
-        sizes, rows = batch_sizes.tolist(), input
-    if reset is not None:
-        reset = reset.reshape(-1)
-    output, states = normed_stack(
-        cell, rows, hx, norms, sizes, reset, directions, dropout, lengths, layer
-    )
-    if batch_sizes is None:
-        output = output.view(steps, batch, output.shape[-1])
-        output = output.transpose(0, 1) if batch_first else output
-    if result_dtype is not None:
-        return output.to(result_dtype), tuple([s.to(result_dtype) for s in states])
-    return output, states
+        sizes, rows = tuple(batch_sizes.tolist()), input
+    reset = None if reset is None else reset.reshape(-1)
+    cells = every and spec_of(cell).states > 1
+    call = NormedCall(cell, sizes, reset, False, lengths, input.dtype, cells)
+    norms = split_norms(cell, weights, bias, projected)
+    outputs, all_c, states = normed_stack(call, rows, hx, norms, directions, dropout, layer)
+
+    def given(rows: Tensor) -> Tensor:
+        """In the input's layout and dtype."""
+        if batch_sizes is None:
+            rows = rows.view(steps, batch, rows.shape[-1])
+            rows = rows.transpose(0, 1) if batch_first else rows
+        return rows if result_dtype is None else rows.to(result_dtype)
+
+    finals = states if result_dtype is None else tuple([s.to(result_dtype) for s in states])
+    wanted = outputs if every else outputs[-1:]
+    return [given(o) for o in wanted], [given(c) for c in all_c], finals
 
 
 def route(input: Tensor, weights: Sequence[Tensor]) -> str:
