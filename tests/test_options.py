@@ -776,3 +776,50 @@ def test_dropouts_do_not_hinder_quantizing():
     with torch.no_grad():
         error = (fastcell.quantize(layer, torch.bfloat16)(x)[0] - layer(x)[0]).abs().max()
     assert error < 0.02
+
+
+@pytest.mark.parametrize("steps", [9, 7])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_all_states_of_a_delay_are_those_of_its_phases(kind, steps):
+    torch.manual_seed(0)
+    layer = getattr(fastcell, kind)(3, 5, 2, skip=3, bidirectional=True).double()
+    plain = getattr(fastcell, kind)(3, 5, 2, bidirectional=True).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
+    output, final, every = layer(x, return_states=True)
+    every = every if kind == "LSTM" else (every,)
+    apart = [plain(x[phase::3], return_states=True)[2] for phase in range(3)]
+    apart = [a if kind == "LSTM" else (a,) for a in apart]
+    for k, states in enumerate(every):
+        assert states.shape == (4, steps, 2, 5)
+        for phase in range(3):
+            torch.testing.assert_close(states[:, phase::3], apart[phase][k])
+    torch.testing.assert_close(torch.cat(list(every[0][-2:]), -1), output)
+    torch.testing.assert_close(final, layer(x)[1])
+    weight = torch.randn_like(every[-1])
+    (found,) = torch.autograd.grad((every[-1] * weight).sum(), x)
+    total = sum((a[-1] * weight[:, phase::3]).sum() for phase, a in enumerate(apart))
+    (wanted,) = torch.autograd.grad(total, x)
+    torch.testing.assert_close(found, wanted)
+    turned = getattr(fastcell, kind)(3, 5, 2, skip=3, bidirectional=True, batch_first=True)
+    turned.double().load_state_dict(layer.state_dict())
+    there = turned(x.transpose(0, 1), return_states=True)[2]
+    there = there if kind == "LSTM" else (there,)
+    for a, b in zip(there, every, strict=True):
+        assert torch.equal(a.transpose(1, 2), b)
+    alone = layer(x[:, 0], return_states=True)[2]
+    alone = alone if kind == "LSTM" else (alone,)
+    for a, b in zip(alone, every, strict=True):
+        torch.testing.assert_close(a, b[:, :, 0])
+    lengths = torch.tensor([steps, 4])
+    ragged = layer(x, lengths=lengths, return_states=True)[2]
+    ragged = ragged if kind == "LSTM" else (ragged,)
+    short = layer(x[:4, 1:], return_states=True)[2]
+    short = short if kind == "LSTM" else (short,)
+    for a, b, c in zip(ragged, short, every, strict=True):
+        torch.testing.assert_close(a[:, :4, 1:], b)
+        torch.testing.assert_close(a[:, :, 0], c[:, :, 0])
+        assert not a[:, 4:, 1].any()
+    beside = getattr(fastcell, kind)(3, 5, skip=3, skip_beside=True)
+    with pytest.raises(ValueError, match="return_states does not go with skip_beside"):
+        beside(torch.zeros(4, 1, 3), return_states=True)

@@ -225,6 +225,24 @@ class Layer(Swappable, torch.nn.RNNBase):
             small.note(self, cell, input, weights)
         return result
 
+    def run_all(
+        self,
+        cell: str,
+        input: Sequences,
+        states: States | None,
+        lengths: Tensor | None,
+        reset: Sequences | None,
+    ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
+        """A call with ``return_states=True``."""
+        weights = self.dropped(self.weights_of_call())
+        if self.skip > 1:
+            every: list[Tensor] = []
+            output, finals = run_skipping(self, cell, input, states, lengths, reset, weights, every)
+            return output, finals, tuple(every)
+        return run_all(
+            self, cell, input, states, weights, self.refuse, lengths, reset, self.layer_norm
+        )
+
     def output_size(self) -> int:
         return self.proj_size or self.hidden_size
 
@@ -277,7 +295,7 @@ class HiddenLayer(Layer):
         given = None if hx is None else (hx,)
         cell = self._checked_cell()
         if return_states:
-            output, (h,), (all_h,) = run_all(self, cell, input, given, lengths, reset)
+            output, (h,), (all_h,) = self.run_all(cell, input, given, lengths, reset)
             return output, h, all_h
         output, states = self._run(cell, input, given, lengths, reset)
         return output, states[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from .functional import Sequences, Sizes, States, checked_reset, refuse_sizes, run_stack
+from .layer_states import run_all
 from .ragged import checked_lengths
 from .skip import run_beside, run_delayed
 
@@ -24,8 +25,12 @@ def run_skipping(
     lengths: Tensor | None,
     reset: Sequences | None,
     weights: list[Tensor],
+    every: list[Tensor] | None = None,
 ) -> tuple[Tensor, States]:
-    """A call with ``skip``: the states of h are those of the ``skip`` steps before."""
+    """A call with ``skip``: the states of h are those of the ``skip`` steps before.
+
+    ``every``: to be filled with all states of each kind, (L*D, T, B, .).
+    """
     if not isinstance(input, Tensor) or not isinstance(reset, Tensor | None):
         raise ValueError("skip goes with padded input, and lengths: got a PackedSequence")
     if reset is not None and layer.bidirectional:
@@ -47,9 +52,17 @@ def run_skipping(
         def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
             refuse_sizes(sizes, input, states or (), None)
 
-        found = run_stack(sizes, cell, input, states, weights, refuse, lengths=lengths, reset=reset)
+        if every is None:
+            found: Any = run_stack(
+                sizes, cell, input, states, weights, refuse, lengths=lengths, reset=reset
+            )
+        else:
+            *found, by_phase = run_all(sizes, cell, input, states, weights, refuse, lengths, reset)
+            every.extend(by_phase)
         return cast(tuple[Tensor, States], found)
 
+    if layer.skip_beside and every is not None:
+        raise ValueError("return_states does not go with skip_beside, which runs block by block")
     if layer.skip_beside:
         if lengths is not None:
             raise ValueError("lengths do not go with skip_beside, which runs block by block")
@@ -63,6 +76,10 @@ def run_skipping(
         layer.skip, 2 if layer.bidirectional else 1, timed(input), states, lengths,
         None if reset is None else timed(checked_reset(reset, input, False)), run,
     )  # fmt: skip
+    if every is not None:
+        steps, batch = timed(input).shape[:2]
+        in_time = [s.reshape(s.shape[0], -1, batch, s.shape[-1])[:, :steps] for s in every]
+        every[:] = [s.transpose(1, 2) if turned else s if batched else s[:, :, 0] for s in in_time]
     return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
 
 

@@ -1,8 +1,8 @@
-"""A layer's call with ``return_states=True``: every state of every step, beside the output."""
+"""A stack's call with ``return_states=True``: every state of every step, beside the output."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,24 +11,24 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .cells import spec_of
 from .checks import check_tensors
-from .functional import Sequences, States, run_stack
-
-if TYPE_CHECKING:
-    from .layer import Layer
+from .functional import Refuse, Sequences, Stack, States, run_stack
 
 
 def run_all(
-    layer: Layer,
+    layer: Stack,
     cell: str,
     input: Sequences,
     states: States | None,
+    weights: Sequence[Tensor],
+    refuse: Refuse,
     lengths: Tensor | None,
     reset: Sequences | None,
+    normed: bool = False,
 ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
-    """Output, final states, and of each kind of state all: (L*D, T, B, .)."""
-    if layer.skip > 1:
-        raise ValueError("return_states does not go with skip, whose layers run by phases")
-    weights = layer.dropped(layer.weights_of_call())
+    """Output, final states, and of each kind of state all: (L*D, T, B, .).
+
+    The arguments are those of ``run_stack``; ``normed``: with layer normalisation.
+    """
     directions = 2 if layer.bidirectional else 1
 
     def run(
@@ -39,7 +39,7 @@ def run_all(
         steps: int,
         reset: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor], States]:
-        if layer.layer_norm:
+        if normed:
             return ops.normed_states(
                 cell, input, states, weights, batch_sizes, reset, bias=layer.bias,
                 projected=layer.proj_size > 0, directions=directions,
@@ -75,7 +75,7 @@ def run_all(
     plain = isinstance(input, Tensor) and input.dim() == 3 and lengths is None
     aside: list[list[Tensor]] = []
     wide, finals = run_stack(
-        layer, cell, input, states, weights, layer.refuse, launch, lengths=lengths, reset=reset
+        layer, cell, input, states, weights, refuse, launch, lengths=lengths, reset=reset
     )
     if plain:
         return wide, finals, tuple([_by_layer(kind, directions) for kind in aside])

@@ -26,7 +26,6 @@ from .functional import (
     two_states,
 )
 from .layer import HiddenLayer, Layer, forward_of
-from .layer_states import run_all
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN", "LeakyRNN"]
 
@@ -451,7 +450,7 @@ class LSTM(Layer):
     ) -> Any:
         given = None if hx is None else two_states(hx)
         if return_states:
-            return run_all(self, cell_of(self), input, given, lengths, reset)
+            return self.run_all(cell_of(self), input, given, lengths, reset)
         output, (h, c) = self._run(cell_of(self), input, given, lengths, reset)
         return output, (h, c)
 
