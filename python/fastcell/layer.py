@@ -40,6 +40,8 @@ class Layer(Swappable, torch.nn.RNNBase):
     """What the layers have in common: where the weights are read, and fastcell's options."""
 
     # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
+    # (Module.__getattr__, which looks for what is not there, takes a microsecond.)
+    _cell: str = ""
     recompute: bool = False
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
@@ -193,7 +195,6 @@ class Layer(Swappable, torch.nn.RNNBase):
 
     def _run(
         self,
-        cell: str,
         input: Sequences,
         states: States | None,
         lengths: Tensor | None,
@@ -203,9 +204,10 @@ class Layer(Swappable, torch.nn.RNNBase):
         compiling = torch.compiler.is_compiling()
         small = None if compiling else self.__dict__.get("_small")
         if small is not None and lengths is None and reset is None:
-            found = small.run(self, input, states)
+            found: Any = small.run(self, input, states)
             if found is not None:
-                return cast(tuple[Sequences, States], found)
+                return found  # type: ignore[no-any-return]
+        cell = self.checked_cell()
         weights = self.weights_of_call()
         if self.layer_norm:
             return run_normed(
@@ -227,13 +229,13 @@ class Layer(Swappable, torch.nn.RNNBase):
 
     def run_all(
         self,
-        cell: str,
         input: Sequences,
         states: States | None,
         lengths: Tensor | None,
         reset: Sequences | None,
     ) -> tuple[Sequences, States, tuple[Tensor, ...]]:
         """A call with ``return_states=True``."""
+        cell = self.checked_cell()
         weights = self.dropped(self.weights_of_call())
         if self.skip > 1:
             every: list[Tensor] = []
@@ -242,6 +244,10 @@ class Layer(Swappable, torch.nn.RNNBase):
         return run_all(
             self, cell, input, states, weights, self.refuse, lengths, reset, self.layer_norm
         )
+
+    def checked_cell(self) -> str:
+        """The cell's name. Raises AssertionError where there is no such mode."""
+        return cell_of(self)
 
     def output_size(self) -> int:
         return self.proj_size or self.hidden_size
@@ -293,15 +299,11 @@ class HiddenLayer(Layer):
         return_states: bool = False,
     ) -> Any:
         given = None if hx is None else (hx,)
-        cell = self._checked_cell()
         if return_states:
-            output, (h,), (all_h,) = self.run_all(cell, input, given, lengths, reset)
+            output, (h,), (all_h,) = self.run_all(input, given, lengths, reset)
             return output, h, all_h
-        output, states = self._run(cell, input, given, lengths, reset)
+        output, states = self._run(input, given, lengths, reset)
         return output, states[0]
-
-    def _checked_cell(self) -> str:
-        return cell_of(self)
 
 
 def forward_of(name: str) -> Any:

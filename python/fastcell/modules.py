@@ -135,7 +135,7 @@ class RNN(HiddenLayer):
     if not TYPE_CHECKING:
         forward = forward_of("RNN")
 
-    def _checked_cell(self) -> str:
+    def checked_cell(self) -> str:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return cell_of(self)
@@ -206,7 +206,7 @@ class LeakyRNN(RNN):
     def reset_parameters(self) -> None:
         """As torch.nn.RNN, and the alphas as they were given."""
         super().reset_parameters()
-        if not hasattr(self, "_cell"):
+        if not self._cell:
             return  # torch.nn's constructor, which knows of no alphas
         alphas = cast(Tensor, self._alpha)
         with torch.no_grad():
@@ -450,8 +450,8 @@ class LSTM(Layer):
     ) -> Any:
         given = None if hx is None else two_states(hx)
         if return_states:
-            return self.run_all(cell_of(self), input, given, lengths, reset)
-        output, (h, c) = self._run(cell_of(self), input, given, lengths, reset)
+            return self.run_all(input, given, lengths, reset)
+        output, (h, c) = self._run(input, given, lengths, reset)
         return output, (h, c)
 
 
