@@ -204,6 +204,16 @@ def test_weight_dropout_drops_recurrent_weights_alone():
     assert torch.equal(layer(x)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize("probability", [0.2, 0.9])
+def test_weight_dropout_keeps_the_expectation(probability):
+    layer = fastcell.RNN(1, 100, weight_dropout=probability, bias=False).double()
+    weights = layer.weights_of_call()
+    _, dropped = layer.dropped(weights)
+    kept = dropped != 0
+    assert abs(kept.double().mean() - (1 - probability)) < 0.03
+    torch.testing.assert_close(dropped[kept] * (1 - probability), weights[1][kept])
+
+
 # --- reset ----------------------------------------------------------------------------------------
 
 
