@@ -3,7 +3,7 @@
 Used when the extension is built (compile.py), and to make the emulated ones' table:
 
     python kernel_names.py --table > emulated_kernels.cpp
-    python kernel_names.py --table persistent > emulated_kernels.cpp     (of those cells alone)
+    python kernel_names.py --table persistent > emulated_kernels.cpp     (of those and of norms)
     python kernel_names.py --table trees > emulated_kernels.cpp          (those of trees alone)
 """
 
@@ -144,5 +144,6 @@ const EmulatedKernel* emulated_kernels(int* count) {{
 
 
 if __name__ == "__main__":
-    parts = {"persistent": of_sequences(90, PERSISTENT), "trees": of_trees()}
+    persistent = [*of_sequences(90, PERSISTENT), *of_norms(90)]
+    parts = {"persistent": persistent, "trees": of_trees()}
     print(table(parts.get(sys.argv[-1], names(90))), end="")
