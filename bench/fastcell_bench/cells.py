@@ -101,27 +101,25 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+Step = Callable[..., tuple[torch.Tensor, ...]]
+Terms = Callable[[torch.Tensor], torch.Tensor]
+
+
 def python_loop(
     layer: torch.nn.RNNBase, reset: torch.Tensor | None, compiled: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer's output, step by step in torch's operations, input terms in one product."""
-    spec = spec_of(cell_of(layer))
-    w_ih, w_hh, b_ih, b_hh, *rest = layer.parameters()
-    if isinstance(layer, (fastcell.LSTM, fastcell.GRU)) and layer.layer_norm:
-        return _normed_loop(layer)
-    vectors = rest[0] if rest else None
-    part = composite.Part(cell_of(layer), 0, w_hh, b_hh, None, vectors, NO_EXTRAS)
-
-    def step(given: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return composite.cell_step(part, given, states)
-
+    count = spec_of(cell_of(layer)).states
+    terms, step = _normed(layer) if getattr(layer, "layer_norm", False) else _plain(layer)
     if compiled:
+        # What was compiled for another cell counts against what torch compiles of one function.
+        torch.compiler.reset()
         step = torch.compile(step)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        states = tuple([x.new_zeros(x.shape[1], layer.hidden_size) for _ in range(spec.states)])
+        states = tuple([x.new_zeros(x.shape[1], layer.hidden_size) for _ in range(count)])
         outputs = []
-        for t, given in enumerate(torch.nn.functional.linear(x, w_ih, b_ih).unbind(0)):
+        for t, given in enumerate(terms(x).unbind(0)):
             if reset is not None:
                 states = tuple([s.masked_fill(reset[t, :, None], 0) for s in states])
             states = step(given, *states)
@@ -131,18 +129,35 @@ def python_loop(
     return run
 
 
-def _normed_loop(layer: torch.nn.RNNBase) -> Callable[[torch.Tensor], torch.Tensor]:
+def _plain(layer: torch.nn.RNNBase) -> tuple[Terms, Step]:
+    w_ih, w_hh, b_ih, b_hh, *rest = layer.parameters()
+    vectors = rest[0] if rest else None
+    part = composite.Part(cell_of(layer), 0, w_hh, b_hh, None, vectors, NO_EXTRAS)
+
+    def step(given: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return composite.cell_step(part, given, states)
+
+    return lambda x: torch.nn.functional.linear(x, w_ih, b_ih), step
+
+
+def _normed(layer: torch.nn.RNNBase) -> tuple[Terms, Step]:
     cell, hidden = cell_of(layer), layer.hidden_size
     weights: Any = normed.split(cell, list(layer.parameters()), True, False)[0]
+    parts = normed_composite.parts_of(cell)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        steps, batch, _ = x.shape
-        rows, hx = x.flatten(0, 1), [None] * spec_of(cell).states
-        call = normed_composite.Call(cell, (batch,) * steps, None, False, None, x.dtype, False)
-        output, _ = normed_composite.layer(call, rows, hx, *weights)
-        return output.view(steps, batch, hidden)
+    def terms(x: torch.Tensor) -> torch.Tensor:
+        product = torch.nn.functional.linear(x, weights.w_ih)
+        normal: torch.Tensor = normed_composite.norm(product, weights.norm_ih, parts, hidden)
+        return normal.add(weights.b_ih)
 
-    return run
+    def step(given: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        call = normed_composite.Call(cell, (len(given),), None, False, None, given.dtype, False)
+        return normed_composite.steps(
+            call, given, states, weights.w_hh, weights.b_hh, None, None, weights.norm_hh,
+            weights.norm_c,
+        )[1]  # fmt: skip
+
+    return terms, step
 
 
 @dataclass(frozen=True)
