@@ -151,3 +151,17 @@ def test_input_that_does_not_fit_is_refused():
         explain(layer, torch.randn(2, 1, 4))
     with pytest.raises(ValueError, match="2 or 3 dimensions"):
         explain(layer, torch.randn(2, 1, 1, 3))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_layer_normalisation_is_shared_out_in_its_own_way(kind):
+    layer = getattr(fastcell, kind)(4, 5, layer_norm=True)
+    found = fastcell.explain(layer, torch.zeros(3, 2, 4))
+    assert found.engine == "cpu"
+    assert "two barriers per step" in found.schedule
+    assert not found.packed
+    assert found.packed_bytes is None
+    assert fastcell.explain(layer).schedule is None
+    assert fastcell.explain(layer.bfloat16(), torch.zeros(3, 2, 4).bfloat16()).products == "exact"
+    cell = getattr(fastcell, kind + "Cell")(4, 5, layer_norm=True)
+    assert "two barriers per step" in fastcell.explain(cell, torch.zeros(2, 4)).schedule

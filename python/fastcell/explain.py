@@ -24,6 +24,11 @@ from .trees.cells import SPECS
 from .trees.modules import TreeLSTM, TreeRNN
 
 _LAYERS = (RNN, IndRNN, LSTM, GRU)
+# How a step with layer normalisation is shared out.
+_NORMED = {
+    "cpu": "the hidden units for products, then the samples for norms, two barriers per step",
+    "cuda": "two launches per step, of the product and of a block per sample",
+}
 _CELLS = (RNNCell, LSTMCell, GRUCell, IndRNNCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)
 
@@ -160,6 +165,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
     autocast = _autocast_dtype(config.cell, dtype, device, isinstance(module, _CELLS))
     arithmetic = autocast or dtype
     engine, isa, schedule, packed = "torch", None, None, None
+    normed = bool(getattr(module, "layer_norm", False))
     gradients = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*weights, *(() if data is None else (data,)))
     )
@@ -184,7 +190,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
             arithmetic = torch.float32
     elif path != "composite":
         engine, isa = "cpu", _core.isa()
-        narrow = arithmetic is torch.bfloat16 and config.cell in NARROW_CELLS
+        narrow = arithmetic is torch.bfloat16 and config.cell in NARROW_CELLS and not normed
         if config.products == "exact" and narrow:
             config = config._replace(products="bfloat16")
         if arithmetic in (torch.bfloat16, torch.float16):
@@ -201,6 +207,10 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence | None = Non
             schedule = _schedule(
                 *stack.explain(at.steps, at.batch, at.rows, offsets, threads, not masks)
             )
+    if normed and schedule is not None:
+        schedule = _NORMED[engine]
+    if normed:
+        packed = None  # by every call
     return Explanation(
         layer=f"fastcell.{module}",
         engine=engine,

@@ -41,7 +41,7 @@ class Layer(Swappable, torch.nn.RNNBase):
     """What the layers have in common: where the weights are read, and fastcell's options."""
 
     # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
-    # (Module.__getattr__, which looks for what is not there, takes a microsecond.)
+    # (Module.__getattr__, which looks for what is not there, is slow beside a small step.)
     _cell: str = ""
     recompute: bool = False
     recurrent_dropout: float = 0.0
@@ -266,7 +266,7 @@ class Layer(Swappable, torch.nn.RNNBase):
 
 
 def _dropout(w: Tensor, probability: float) -> Tensor:
-    """torch's dropout; on a CPU from uniform numbers, which are drawn three times as quickly."""
+    """torch's dropout; on a CPU from uniform numbers, which torch draws more quickly."""
     if not w.is_cpu or torch.compiler.is_compiling() or transforms.transformed():
         return torch.nn.functional.dropout(w, probability)
     kept = torch.rand(w.shape, dtype=torch.float32, device="cpu") >= probability
