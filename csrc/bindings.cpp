@@ -83,6 +83,9 @@ Extras extras_of(const ExtraPointers& p) {
   return {as(p[0]), as(p[1]), as<const uint8_t>(p[2]), as<const uint64_t>(p[3])};
 }
 
+// Of a padded batch with lengths: address of the samples' order, how many they are, all steps.
+using Padding = std::tuple<Pointer, int64_t, int64_t>;
+
 // A stack of layers with its kernels: what Python holds per configuration.
 class BoundStack {
  public:
@@ -108,6 +111,12 @@ class BoundStack {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
     }
+  }
+
+  // A tensor of the caller's: rows alone where there are offsets and no padding.
+  template <class T>
+  static RowMap<T> rows_of(const Timeline& time, Pointer base, int64_t step, int64_t row) {
+    return {as<T>(base), step, row, time.offsets && !time.order, time.order};
   }
 
   int64_t item_size() const { return stack_.dtype == DType::kFloat32 ? 4 : 8; }
@@ -147,8 +156,11 @@ class BoundStack {
         &job);
   }
 
-  Timeline timeline(int64_t steps, int64_t batch, int64_t rows, Pointer offsets) const {
-    return {steps, batch, rows, as<const int64_t>(offsets)};
+  Timeline timeline(int64_t steps, int64_t batch, int64_t rows, Pointer offsets,
+                    const Padding& padding = {}) const {
+    const auto [order, samples, padded_steps] = padding;
+    return {steps,   batch,       rows, as<const int64_t>(offsets), as<const int64_t>(order),
+            samples, padded_steps};
   }
 
   // Every call in this way from now on, whatever it costs; 0 groups: as the model chooses again.
@@ -190,22 +202,24 @@ class BoundStack {
     return kernels_.backward_workspace(call, threads);
   }
 
-  void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
-               int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y, Pointer h_final,
-               Pointer c_final, const ExtraPointers& extras, Pointer packed, Pointer reserve,
-               Pointer workspace, const std::string& storage, int threads) const {
+  void forward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, const Padding& padding,
+               Pointer x, int64_t x_step, int64_t x_row, Pointer h0, Pointer c0, Pointer y,
+               Pointer cells, Pointer h_final, Pointer c_final, const ExtraPointers& extras,
+               Pointer packed, Pointer reserve, Pointer workspace, const std::string& storage,
+               int threads) const {
     ForwardCall call{};
     call.stack = stack_;
-    call.time = timeline(steps, batch, rows, offsets);
+    call.time = timeline(steps, batch, rows, offsets, padding);
     call.extras = extras_of(extras);
     call.schedule = schedule(call.time, threads, !crowded(), !call.extras.masks);
-    call.x = {as<const char>(x), x_step, x_row, offsets != 0};
+    call.x = rows_of<const char>(call.time, x, x_step, x_row);
+    call.y = as(y);
+    call.cells = as(cells);
     call.x_storage = call.y_storage = named<Storage>(storage, kStorageNames, "storage");
     call.state[0] = as(h0);
     call.state[1] = as(c0);
     call.final_state[0] = as(h_final);
     call.final_state[1] = as(c_final);
-    call.y = as(y);
     call.packed = as(packed);
     call.reserve = as(reserve);
     call.workspace = as(workspace);
@@ -226,10 +240,10 @@ class BoundStack {
 
   void run(const ForwardCall& call) const { launch(call, kernels_.forward); }
 
-  void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, Pointer x,
-                int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y, int64_t d_y_step,
-                int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final, Pointer d_c_final,
-                Pointer d_h0, Pointer d_c0, const ExtraPointers& extras,
+  void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, const Padding& padding,
+                Pointer x, int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y,
+                int64_t d_y_step, int64_t d_y_row, Pointer h0, Pointer c0, Pointer d_h_final,
+                Pointer d_c_final, Pointer d_h0, Pointer d_c0, const ExtraPointers& extras,
                 const std::vector<Pointer>& weights, const std::vector<Pointer>& d_weights,
                 Pointer reserve, Pointer workspace, int64_t d_x_step, int64_t d_x_row,
                 bool accumulate, Pointer d_cells, int threads) const {
@@ -244,12 +258,11 @@ class BoundStack {
     for (Pointer p : d_weights) d_w.push_back(as(p));
     BackwardCall call{};
     call.stack = stack_;
-    call.time = timeline(steps, batch, rows, offsets);
+    call.time = timeline(steps, batch, rows, offsets, padding);
     call.schedule = schedule(call.time, threads, !crowded(), false);
-    const bool packed = offsets != 0;
-    call.x = {as<const char>(x), x_step, x_row, packed};
-    call.d_x = {as<char>(d_x), d_x_step, d_x_row, packed};
-    call.d_y = {as<const char>(d_y), d_y_step, d_y_row, packed};
+    call.x = rows_of<const char>(call.time, x, x_step, x_row);
+    call.d_x = rows_of<char>(call.time, d_x, d_x_step, d_x_row);
+    call.d_y = rows_of<const char>(call.time, d_y, d_y_step, d_y_row);
     call.state[0] = as(h0);
     call.state[1] = as(c0);
     call.d_final[0] = as(d_h_final);
@@ -696,6 +709,20 @@ PYBIND11_MODULE(_core, m) {
         return address;
       },
       py::arg("array"));
+  m.def(
+      "drop",
+      [](Pointer from, Pointer to, int64_t count, bool float64, uint64_t seed, double probability) {
+        py::gil_scoped_release release;
+        kernels().drop(float64 ? DType::kFloat64 : DType::kFloat32, as<const void>(from), as(to),
+                       count, seed, probability);
+      },
+      "Dropout by a seed: each element is zeroed with that probability, the others are scaled.");
+  m.def(
+      "ragged_order",
+      [](int64_t batch, Pointer lengths, Pointer order, Pointer offsets) {
+        ragged_order(batch, as<const int64_t>(lengths), as<int64_t>(order), as<int64_t>(offsets));
+      },
+      "Fills the tensors of csrc/cpu/ragged_rows.h.");
   m.def(
       "ragged_rows",
       [](int64_t steps, int64_t batch, Pointer lengths, bool batch_first, Pointer order,

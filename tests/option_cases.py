@@ -30,9 +30,10 @@ EXTRAS = [(), ("dropout", "recurrent", "reset", "seed"), ("recurrent",), ("reset
 STEPS = 6
 
 
-def lengths_of(batch: int) -> Tensor:
-    """Falling, the first of all steps."""
-    return STEPS - torch.arange(batch) * STEPS // batch
+def lengths_of(batch: int, form: str) -> Tensor:
+    """Of all steps and less; falling, but where a call takes lengths in any order."""
+    falling = STEPS - torch.arange(batch) * STEPS // batch
+    return falling.roll(batch // 2) if form == "lengths" else falling
 
 
 def tensors(
@@ -82,7 +83,7 @@ def extras_for(
 ) -> tuple[Tensor | None, Extras]:
     """``batch_sizes`` of a "padded" or "packed" call or one with "lengths", and all extras."""
     generator = torch.Generator().manual_seed(7)
-    lengths = lengths_of(batch)
+    lengths = lengths_of(batch, form)
     sizes = {"packed": (torch.arange(STEPS)[:, None] < lengths).sum(1), "lengths": lengths}.get(
         form
     )
@@ -100,7 +101,7 @@ def extras_for(
 
 
 def input_for(form: str, batch: int, features: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    rows = (int(lengths_of(batch).sum()),) if form == "packed" else (STEPS, batch)
+    rows = (int(lengths_of(batch, form).sum()),) if form == "packed" else (STEPS, batch)
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(*rows, features, dtype=torch.float64, generator=generator)
     return x.to(dtype).requires_grad_()
@@ -165,7 +166,7 @@ class ByReference:
         dtype: Any = np.float64,
     ) -> None:
         batch = states[0].shape[1]
-        lengths = lengths_of(batch).numpy()
+        lengths = lengths_of(batch, form).numpy()
         self.alive = np.arange(STEPS)[:, None] < lengths
         self.packed = form == "packed"
         options = options_of(config.cell)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastcell
+from fastcell import composite
+from fastcell.autograd import differentiable
+from fastcell.cells import with_options
+from fastcell.plan import Config
+from option_cases import CHOICES, EXTRAS, extras_for, given, input_for, results, tensors
 from support import CELLS, Case, Problem, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -99,6 +105,59 @@ def test_lengths_under_another_default_device():
     lengths = torch.tensor([2, 5])
     with torch.device("meta"):
         assert torch.equal(layer(x, lengths=lengths)[0], expected)
+
+
+@pytest.mark.parametrize("which", EXTRAS, ids=lambda w: "+".join(w) or "none")
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn_general", "gru_before"])
+def test_masks_resets_and_draws_with_the_batch_first(cell, which):
+    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
+    weights, states = tensors(named, batch=5)
+    lengths, extras = extras_for("lengths", layers=2, directions=2, batch=5, output=7)
+    lengths[1] = 0
+    x = input_for("lengths", 5, 5).detach().transpose(0, 1).requires_grad_()
+    config = Config(named, 2, True, True, True)
+    leaves, extras = [x, *states, *weights], given(which, extras)
+    found = results(lambda: differentiable(config, x, states, weights, lengths, extras), leaves)
+    wanted = results(
+        lambda: composite.sequence(config, x, states, weights, lengths, extras), leaves
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, b.abs().max().item()))
+
+
+def test_second_derivatives_do_not_see_what_is_behind_the_end():
+    layer = fastcell.LSTM(3, 4, bidirectional=True).double()
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    lengths = torch.tensor([2, 5, 0])
+
+    def second(x):
+        x = x.clone().requires_grad_()
+        output, _ = layer(x, lengths=lengths)
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])
+
+    behind = x.clone()
+    behind[2:, 0] = behind[:, 2] = torch.nan
+    for a, b in zip(second(x), second(behind), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_for_any_lengths_in_one_graph():
+    layer = fastcell.GRU(3, 4, 2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, lengths: layer(x, lengths=lengths), fullgraph=True, backend=counter
+    )
+    x = torch.randn(5, 3, 3, requires_grad=True)
+    for values in ([2, 5, 1], [5, 0, 3], [0, 0, 0], [5, 5, 5]):
+        lengths = torch.tensor(values)
+        found, wanted = compiled(x, lengths)[0], layer(x, lengths=lengths)[0]
+        assert torch.equal(found, wanted)
+        ours, theirs = (torch.autograd.grad(y.square().sum(), x) for y in (found, wanted))
+        assert torch.equal(ours[0], theirs[0])
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError, match="from 0 to 5 steps, got 1 to 6"):
+        compiled(x, torch.tensor([1, 6, 2]))
 
 
 def test_the_functional_form():

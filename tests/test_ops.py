@@ -42,6 +42,12 @@ def test_opcheck_with_dropout_masks(case):
     opcheck(sequence, operands(case, masks=True))
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if not c.packed], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 3], [0, 2]])
+def test_opcheck_with_lengths(case, lengths):
+    opcheck(sequence, operands(case)._replace(batch_sizes=torch.tensor(lengths)))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck_forward_call(case, keep):

@@ -13,6 +13,7 @@ from fastcell import composite, noise
 from fastcell.autograd import differentiable
 from fastcell.cells import Options, options_of, spec_of, with_options
 from fastcell.plan import Config
+from fastcell.weight_dropout import dropped
 from option_cases import (
     CHOICES,
     EXTRAS,
@@ -36,7 +37,7 @@ def assert_alike(found, wanted):
 
 
 @pytest.mark.parametrize("which", EXTRAS, ids=lambda w: "+".join(w) or "none")
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
 def test_kernels_as_plain_torch(cell, form, which):
     named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
@@ -65,7 +66,7 @@ def test_with_a_projection(cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
 def test_kernels_as_the_reference(cell, form, dtype):
     named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
@@ -202,6 +203,24 @@ def test_weight_dropout_drops_recurrent_weights_alone():
     assert (layer.weight_ih_l0.grad != 0).all()
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_dropout_draws_what_it_drew_in_every_derivative(dtype):
+    torch.manual_seed(0)
+    w = torch.randn(70, 61, dtype=dtype).t().requires_grad_()  # more than share a key, not in order
+    result = dropped(w, 0.25)
+    factors = torch.where(result == 0, 0, 1 / 0.75).to(dtype)
+    torch.testing.assert_close(result, w * factors)
+    upstream = torch.randn(61, 70, dtype=dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(result, w, upstream, create_graph=True)
+    torch.testing.assert_close(grad, upstream * factors)
+    (second,) = torch.autograd.grad(grad.sum(), upstream)
+    torch.testing.assert_close(second, factors)
+    again = dropped(w, 0.25)
+    assert not torch.equal(result, again)
+    assert abs((result == 0).double().mean() - 0.25) < 0.03
+    assert not dropped(w, 1.0).any()
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.9])

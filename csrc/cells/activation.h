@@ -1,5 +1,6 @@
 // Nonlinearities chosen when a layer is made, and what zoneout does to a state: for the cells that
-// have options. A choice is the same for a whole call, so its branches are foreseen.
+// have options. A choice is the same for a whole call, so its branches are foreseen. The usual one
+// is inlined: around a call all vectors would be written to memory.
 #pragma once
 
 #include "traits.h"
@@ -12,7 +13,7 @@ FASTCELL_INLINE V magnitude(V x) {
 }
 
 template <class V>
-FASTCELL_CALLED V activate(Activation which, V x) {
+FASTCELL_CALLED V unusual(Activation which, V x) {
   switch (which) {
     case Activation::kRelu:
       return select(x < V(0), V(0), x);
@@ -22,19 +23,23 @@ FASTCELL_CALLED V activate(Activation which, V x) {
       return x;
     case Activation::kSoftsign:
       return x / (V(1) + magnitude(x));
-    case Activation::kElu: {
-      // exp(x) - 1 = 2 t / (1 - t), t = tanh(x / 2), without cancellation near 0.
+    default: {
+      // ELU: exp(x) - 1 = 2 t / (1 - t), t = tanh(x / 2), without cancellation near 0.
       const V t = tanh(x * V(typename V::Number(0.5)));
       return select(x <= V(0), (t + t) / (V(1) - t), x);
     }
-    default:
-      return tanh(x);
   }
+}
+
+template <class V>
+FASTCELL_INLINE V activate(Activation which, V x) {
+  if (__builtin_expect(which == Activation::kTanh, 1)) return tanh(x);
+  return unusual(which, x);
 }
 
 // The derivative, of the result.
 template <class V>
-FASTCELL_CALLED V slope(Activation which, V y) {
+FASTCELL_CALLED V unusual_slope(Activation which, V y) {
   switch (which) {
     case Activation::kRelu:
       return select(y <= V(0), V(0), V(1));
@@ -46,28 +51,37 @@ FASTCELL_CALLED V slope(Activation which, V y) {
       const V rest = V(1) - magnitude(y);
       return rest * rest;
     }
-    case Activation::kElu:
+    default:  // ELU
       return select(y <= V(0), y + V(1), V(1));
-    default:
-      return V(1) - y * y;
   }
+}
+
+template <class V>
+FASTCELL_INLINE V slope(Activation which, V y) {
+  if (__builtin_expect(which == Activation::kTanh, 1)) return V(1) - y * y;
+  return unusual_slope(which, y);
 }
 
 // An activation's argument within its bounds. NaN passes.
 template <class V>
-FASTCELL_CALLED V clipped(const CellOptions& options, V x) {
-  if (!options.clips) return x;
+FASTCELL_INLINE V clipped(const CellOptions& options, V x) {
+  if (__builtin_expect(!options.clips, 1)) return x;
   const V most = V(typename V::Number(options.clip));
   return select(x < -most, -most, select(most < x, most, x));
 }
 
 // A gradient before the bounds, of y = activate(which, clipped(x)): nothing where they held x.
 template <class V>
-FASTCELL_CALLED V unclipped(const CellOptions& options, Activation which, V y, V d) {
-  if (!options.clips) return d;
-  const V most = V(typename V::Number(options.clip));
+FASTCELL_CALLED V unclipped(double clip, Activation which, V y, V d) {
+  const V most = V(typename V::Number(clip));
   d = select(y <= activate(which, -most), V(0), d);
   return select(activate(which, most) <= y, V(0), d);
+}
+
+template <class V>
+FASTCELL_INLINE V unclipped(const CellOptions& options, Activation which, V y, V d) {
+  if (__builtin_expect(!options.clips, 1)) return d;
+  return unclipped(options.clip, which, y, d);
 }
 
 // Zoneout (Krueger et al. 2016): of a unit's state the part `hold` is the one before. Exact for 0

@@ -1,6 +1,9 @@
 // Random bits that are a function of where they are used, so that nothing is stored for the
 // backward pass, and no order of the work changes them. A hash in counter mode: each number is the
 // finalizer of MurmurHash3 (Appleby, 2011) applied to key and counter.
+//
+// A row's key is mixed well, a unit's number but spread: one finalizer per draw is what a step can
+// pay for.
 #pragma once
 
 #include "portable.h"
@@ -10,7 +13,9 @@ namespace fastcell::noise {
 using Bits = unsigned int;  // 32 of them
 using Counter = unsigned long long;
 
-FASTCELL_INLINE Bits mix(Bits x) {
+// B: Bits, or a vector of them.
+template <class B>
+FASTCELL_INLINE B mix(B x) {
   x ^= x >> 16;
   x *= 0x85ebca6bu;
   x ^= x >> 13;
@@ -31,7 +36,10 @@ FASTCELL_INLINE Bits row_key(Bits state_key, Counter row) {
 }
 
 // Of one unit: all 32-bit numbers with the same probability.
-FASTCELL_INLINE Bits draw(Bits key, Bits unit) { return mix(mix(unit * 0x9e3779b9u + key) ^ key); }
+template <class B>
+FASTCELL_INLINE B draw(Bits key, B unit) {
+  return mix(unit * 0x9e3779b9u ^ key);
+}
 
 // Draws below it have this probability.
 FASTCELL_INLINE Bits threshold(double probability) {

@@ -64,11 +64,32 @@ struct Timeline {
   int64_t steps;
   int64_t batch;
   int64_t rows;
-  const int64_t* offsets;  // packed: steps + 1 row offsets; padded: null
+  const int64_t* offsets;  // ragged: steps + 1 row offsets; else null
+  // Of a padded batch whose samples have lengths: what is above says it of those that have any, the
+  // longest first. Sample b is the caller's order[b]; those without steps are last in `order`.
+  const int64_t* order = nullptr;
+  int64_t samples = 0;
+  int64_t padded_steps = 0;
 
   FASTCELL_INLINE int64_t first(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   FASTCELL_INLINE int64_t alive(int64_t t) const {
     return offsets ? offsets[t + 1] - offsets[t] : batch;
+  }
+  // The caller's number of sample b, how many he has, and his number of a row in the order of time.
+  FASTCELL_INLINE int64_t sample(int64_t b) const { return order ? order[b] : b; }
+  FASTCELL_INLINE int64_t all() const { return order ? samples : batch; }
+  FASTCELL_INLINE int64_t row(int64_t t, int64_t b) const {
+    return order ? t * samples + order[b] : first(t) + b;
+  }
+  // The step that row r belongs to.
+  FASTCELL_INLINE int64_t step_of(int64_t r) const {
+    if (!offsets) return r / batch;
+    int64_t low = 0, high = steps;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (offsets[middle] <= r ? low : high) = middle;
+    }
+    return low;
   }
 };
 
@@ -99,9 +120,15 @@ struct RowMap {
   int64_t step;  // elements between steps; unused when packed
   int64_t row;   // elements between samples of one step
   bool packed;
+  const int64_t* order = nullptr;  // the timeline's
 
-  FASTCELL_INLINE T* at(int64_t t, int64_t b, int64_t r) const {
-    return packed ? base + r * row : base + t * step + b * row;
+  FASTCELL_INLINE int64_t offset(int64_t t, int64_t b, int64_t r) const {
+    return packed ? r * row : t * step + (order ? order[b] : b) * row;
+  }
+  FASTCELL_INLINE T* at(int64_t t, int64_t b, int64_t r) const { return base + offset(t, b, r); }
+  template <class U>
+  FASTCELL_INLINE RowMap<U> as() const {
+    return {reinterpret_cast<U*>(base), step, row, packed, order};
   }
 };
 
@@ -121,7 +148,8 @@ struct ForwardCall {
   Storage x_storage, y_storage;
   const void* state[kMaxStates];  // (L*D, B, .) each, or null for zeros
   void* final_state[kMaxStates];  // (L*D, B, .) each
-  void* y;                        // (rows, D*output)
+  void* y;                        // (rows, D*output), of a padded batch (steps, samples, D*output)
+  void* cells;                    // (rows, D*hidden), of one layer's c at all steps, or null
   Extras extras;
   const void* packed;  // what pack() made
   void* reserve;       // kept for the backward call, or null

@@ -47,6 +47,7 @@ class Backward {
   static void run(const BackwardCall& call, const Team& team, Barrier* barriers) {
     Arena arena(call.workspace);
     const Buffers buffers(call, team.size, arena);
+    clear_padding(call.time, call.d_x.as<T>(), call.stack.input, team);
     const Place place(call.schedule, team, barriers, call.time.batch);
     for (int layer = call.stack.layers - 1; layer >= 0; --layer) {
       Layer(call, buffers, team, place, layer).run();
@@ -184,7 +185,7 @@ class Backward {
       if (before >= 0 && before < time.steps && b < time.alive(before)) {
         return y + (time.first(before) + b) * y_stride;
       }
-      return initial[0] ? initial[0] + b * s.output : buffers.zeros;
+      return initial[0] ? initial[0] + time.sample(b) * s.output : buffers.zeros;
     }
 
     void begin() {
@@ -207,19 +208,21 @@ class Backward {
       begin_gradients(first, 0, time.alive(first));
       place.sync();
       store_cell_gradients();
+      pass_on_gradients();
     }
 
     void load_final_gradients() {
       const Range range = part(place.b1 - place.b0, place.index, place.size);
       for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
+        const int64_t own = time.sample(b);
         for (int64_t j = 0; j < buffers.d_h_stride; ++j) {
           d_h[b * buffers.d_h_stride + j] =
-              d_final[0] && j < s.output ? d_final[0][b * s.output + j] : T(0);
+              d_final[0] && j < s.output ? d_final[0][own * s.output + j] : T(0);
         }
         if constexpr (Cell::states > 1) {
           for (int64_t j = 0; j < buffers.d_c_stride; ++j) {
             d_c[b * buffers.d_c_stride + j] =
-                d_final[1] && j < s.hidden ? d_final[1][b * s.hidden + j] : T(0);
+                d_final[1] && j < s.hidden ? d_final[1][own * s.hidden + j] : T(0);
           }
         }
       }
@@ -272,7 +275,8 @@ class Backward {
     FASTCELL_INLINE void multiply_factors(int64_t unit, int vectors, int64_t b, T* row) const {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = unit + v * lanes, left = s.output - at;
-        const V by = load_first(factors + b * s.output + at, left < lanes ? int(left) : lanes);
+        const V by =
+            load_first(factors + time.sample(b) * s.output + at, left < lanes ? int(left) : lanes);
         (V::load(row + v * lanes) * by).store(row + v * lanes);
       }
     }
@@ -378,7 +382,7 @@ class Backward {
       for (int i = 0; i < Cell::saved; ++i) {
         keep[i] = load_first(saved + (r * Cell::saved + i) * s.hidden + unit, valid);
       }
-      if (factors) by = load_first(factors + b * s.output + unit, valid);
+      if (factors) by = load_first(factors + time.sample(b) * s.output + unit, valid);
       const V h = load_first(h_before(t, b) + unit, valid) * by;
       const V d_h_part = Cell::backward_first(keep, h, d, d_a) * by;
       for (int g = 0; g < G - S; ++g) {
@@ -432,7 +436,7 @@ class Backward {
           p_unit[i] = load_first(parameters + i * s.hidden + unit, valid);
         }
         for (int i = 0; i < Cell::held; ++i) {
-          const noise::Bits key = seed ? noise::row_key(state_keys[i], r) : 0;
+          const noise::Bits key = seed ? noise::row_key(state_keys[i], time.row(t, b)) : 0;
           p_unit[N + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
         }
         Cell::backward(s.options, keep, p_unit, before, after, d_state, d_a);
@@ -453,7 +457,7 @@ class Backward {
       if (before >= 0 && before < time.steps && b < time.alive(before)) {
         return load_first(kept_states + (time.first(before) + b) * s.hidden + unit, valid);
       }
-      return initial[1] ? load_first(initial[1] + b * s.hidden + unit, valid) : V(0);
+      return initial[1] ? load_first(initial[1] + time.sample(b) * s.hidden + unit, valid) : V(0);
     }
 
     // Gradients of the initial h of samples [b0, b1), whose first step was t.
@@ -469,11 +473,26 @@ class Backward {
           const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
           recurrent_product(p, t, b, n, block);
           for (int i = 0; i < n; ++i) {
-            std::memcpy(d_initial[0] + (b + i) * s.output + unit, block + i * vectors * lanes,
+            std::memcpy(d_initial[0] + time.sample(b + i) * s.output + unit,
+                        block + i * vectors * lanes,
                         (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
           }
         }
       });
+    }
+
+    // Of samples without steps, whose final states are the initial ones.
+    void pass_on_gradients() {
+      const bool last = place.index == 0 && place.b0 < time.batch && place.b1 == time.batch;
+      for (int64_t b = time.batch; last && b < time.all(); ++b) {
+        for (int i = 0; i < Cell::states; ++i) {
+          if (!d_initial[i]) continue;
+          const int64_t size = s.state_size(i), at = time.sample(b) * size;
+          for (int64_t j = at; j < at + size; ++j) {
+            d_initial[i][j] = d_final[i] ? d_final[i][j] : T(0);
+          }
+        }
+      }
     }
 
     void store_cell_gradients() {
@@ -481,7 +500,7 @@ class Backward {
         if (!d_initial[1]) return;
         const Range range = part(place.b1 - place.b0, place.index, place.size);
         for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
-          std::memcpy(d_initial[1] + b * s.hidden, d_c + b * buffers.d_c_stride,
+          std::memcpy(d_initial[1] + time.sample(b) * s.hidden, d_c + b * buffers.d_c_stride,
                       s.hidden * sizeof(T));
         }
       }
@@ -623,7 +642,7 @@ class Backward {
                   call.extras.reset,
                   call.extras.seed,
                   call.extras.recurrent ? static_cast<const T*>(call.extras.recurrent) +
-                                              flat(dir) * time.batch * s.output
+                                              flat(dir) * time.all() * s.output
                                         : nullptr,
                   {},
                   call.d_cells ? static_cast<const T*>(call.d_cells) + dir * s.hidden : nullptr,
@@ -631,7 +650,7 @@ class Backward {
                   Panels<T>{1, s.output, G * s.hidden},
                   Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
       for (int i = 0; i < Cell::states; ++i) {
-        const int64_t at = int64_t(flat(dir)) * time.batch * s.state_size(i);
+        const int64_t at = int64_t(flat(dir)) * time.all() * s.state_size(i);
         d.initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
         d.d_final[i] = call.d_final[i] ? static_cast<const T*>(call.d_final[i]) + at : nullptr;
         d.d_initial[i] = call.d_state[i] ? static_cast<T*>(call.d_state[i]) + at : nullptr;
@@ -644,17 +663,15 @@ class Backward {
 
     RowMap<const T> output_gradient(int dir) const {
       if (layer == s.layers - 1) {
-        const T* base = reinterpret_cast<const T*>(call.d_y.base);
-        return {base ? base + dir * s.output : nullptr, call.d_y.step, call.d_y.row,
-                call.d_y.packed};
+        RowMap<const T> rows = call.d_y.as<const T>();
+        if (rows.base) rows.base += dir * s.output;
+        return rows;
       }
       return {buffers.d_layer[layer % 2] + dir * s.output, 0, out_width, true};
     }
 
     RowMap<T> input_gradient_rows() const {
-      if (layer == 0) {
-        return {reinterpret_cast<T*>(call.d_x.base), call.d_x.step, call.d_x.row, call.d_x.packed};
-      }
+      if (layer == 0) return call.d_x.as<T>();
       return {buffers.d_layer[(layer - 1) % 2], 0, out_width, true};
     }
 
@@ -667,7 +684,7 @@ class Backward {
       const Range steps = buffers.chunks.steps_of(time, chunk);
       const Range rows{time.first(steps.begin), time.first(steps.end)};
       const RowMap<T> to = input_gradient_rows();
-      const int64_t batch = time.batch, width = Direction::width(s);
+      const int64_t width = Direction::width(s);
       const T* d_gates = d.d_gates_of(steps.begin);
       // The other direction comes through the chunks the other way round: who comes second, adds.
       const int64_t last = buffers.chunks.count - 1;
@@ -676,7 +693,10 @@ class Backward {
       multiply_rows(
           Panels<T>{1, s.layer_input(layer), G * s.hidden}, buffers.x_weights[dir], rows,
           [&](int64_t r) { return d_gates + (r - rows.begin) * width; },
-          [&](int64_t r) { return to.packed ? to.at(0, 0, r) : to.at(r / batch, r % batch, r); },
+          [&](int64_t r) {
+            const int64_t t = to.packed ? 0 : time.step_of(r);
+            return to.at(t, r - (to.packed ? 0 : time.first(t)), r);
+          },
           add, buffers.rows, team);
     }
 
@@ -690,9 +710,7 @@ class Backward {
     }
 
     RowMap<const T> layer_input() const {
-      if (layer == 0) {
-        return {reinterpret_cast<const T*>(call.x.base), call.x.step, call.x.row, call.x.packed};
-      }
+      if (layer == 0) return call.x.as<const T>();
       const T* input = output(layer - 1);
       if (const T* m = mask()) {
         const Range range = part(time.rows * out_width, team.index, team.size);
@@ -778,7 +796,7 @@ class Backward {
       for (int64_t r = rows.begin + mine.begin; r < rows.begin + mine.end; ++r) {
         while (r >= time.first(t + 1)) ++t;
         const int64_t b = r - time.first(t);
-        const T *from = d.h_before(t, b), *by = d.factors + b * s.output;
+        const T *from = d.h_before(t, b), *by = d.factors + time.sample(b) * s.output;
         T* const to = buffers.masked + (r - rows.begin) * s.output;
         for (int64_t k = 0; k < s.output; ++k) to[k] = from[k] * by[k];
       }

@@ -60,6 +60,8 @@ struct Kernels {
   // For the benchmark's limits: FMA operations done, and bytes read (`sink` keeps them alive).
   int64_t (*run_fma)(int64_t rounds, float* sink);
   void (*read)(const float* from, int64_t count, float* sink);
+  // Dropout: each element zeroed with that probability, by what the seed draws; the others scaled.
+  void (*drop)(DType, const void* from, void* to, int64_t count, uint64_t seed, double probability);
   const TreeKernels* trees;
   const NormedTable* normed;
 };

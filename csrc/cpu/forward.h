@@ -179,6 +179,10 @@ class Forward {
       if (team.index == 0) std::memset(buffers.zeros, 0, buffers.h_stride * sizeof(T));
       team.sync();
     }
+    const int64_t width = call.stack.directions * call.stack.output * output_item(call);
+    const RowMap<char> y{static_cast<char*>(call.y), call.time.samples * width, width, false,
+                         call.time.order};
+    clear_padding(call.time, y, width, team);
     const Place place(call.schedule, team, barriers, call.time.batch);
     if (place.layer_groups > 1) return run_wavefront(call, buffers, team, place, barriers);
     Arena packed(const_cast<void*>(call.packed));
@@ -217,7 +221,7 @@ class Forward {
     Storage storage;
     int64_t item() const { return storage == Storage::kSame ? int64_t(sizeof(T)) : 2; }
     FASTCELL_INLINE const char* at(int64_t t, int64_t b, int64_t r) const {
-      return map.base + (map.at(t, b, r) - map.base) * item();
+      return map.base + map.offset(t, b, r) * item();
     }
   };
   // Whether rows of x must be copied before a product takes them.
@@ -344,11 +348,13 @@ class Forward {
   T* const y;          // this direction's columns of what is kept, or null
   char* const output;  // the same of the caller's, or null
   const Storage output_storage;
+  const bool reordered;  // rows of the caller's output
   const int64_t y_stride;
   T* const sums;  // of the rows from sums_first on
   int64_t sums_first;
   T* saved;             // or null
   T* kept_states;       // or null
+  int64_t kept_stride;  // of its rows
   T* kept_cell_output;  // or null
   T* h[2];
   T* c;
@@ -385,6 +391,7 @@ class Forward {
                    ? static_cast<char*>(call.y) + dir * call.stack.output * output_item(call)
                    : nullptr),
         output_storage(call.y_storage),
+        reordered(call.time.order != nullptr),
         y_stride(call.stack.directions * call.stack.output),
         sums(buffers.sums + (place.layer_groups > 1 ? place.layer_group : dir) * buffers.sums_size),
         sums_first(0),
@@ -405,7 +412,7 @@ class Forward {
         seed(call.extras.seed),
         factors(call.extras.recurrent
                     ? static_cast<const T*>(call.extras.recurrent) +
-                          (layer * s.directions + dir) * call.time.batch * s.output
+                          (layer * s.directions + dir) * call.time.all() * s.output
                     : nullptr),
         masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
         zeros(buffers.zeros),
@@ -413,13 +420,16 @@ class Forward {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
     saved = reserve ? reserve + layout.saved_at(s, layer, dir, time.rows) : nullptr;
-    kept_states = reserve ? reserve + layout.states_at(s, layer, dir, time.rows) : nullptr;
+    kept_states = reserve      ? reserve + layout.states_at(s, layer, dir, time.rows)
+                  : call.cells ? static_cast<T*>(call.cells) + dir * s.hidden
+                               : nullptr;
+    kept_stride = reserve ? s.hidden : s.directions * s.hidden;
     kept_cell_output = reserve && s.projected
                            ? reserve + layout.cell_output_at(s, layer, dir, time.rows)
                            : nullptr;
     const int index = layer * s.directions + dir;
     for (int i = 0; i < Cell::states; ++i) {
-      const int64_t at = int64_t(index) * time.batch * s.state_size(i);
+      const int64_t at = int64_t(index) * time.all() * s.state_size(i);
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
       final_state[i] = static_cast<T*>(call.final_state[i]) + at;
       state_keys[i] = seed ? noise::state_key(*seed, noise::Bits(index), noise::Bits(i)) : 0;
@@ -467,7 +477,7 @@ class Forward {
     const int64_t end = place.b1 < alive ? place.b1 : alive;
     if (factors) {
       for (int64_t b = place.b0; b < end; ++b) {
-        const T *from = rows + b * h_stride, *by = factors + b * s.output;
+        const T *from = rows + b * h_stride, *by = factors + time.sample(b) * s.output;
         T* const to = masked + b * h_stride;
         for (int64_t k = 0; k < s.output; ++k) to[k] = from[k] * by[k];
         for (int64_t k = s.output; k < h_stride; ++k) to[k] = T(0);
@@ -552,10 +562,20 @@ class Forward {
   void load_initial_states() {
     const Range range = part(place.b1 - place.b0, place.index, place.size);
     for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
-      load_row(initial[0], b, s.output, h[0] + b * h_stride, h_stride);
-      load_row(initial[0], b, s.output, h[1] + b * h_stride, h_stride);
+      const int64_t own = time.sample(b);
+      load_row(initial[0], own, s.output, h[0] + b * h_stride, h_stride);
+      load_row(initial[0], own, s.output, h[1] + b * h_stride, h_stride);
       if constexpr (Cell::states > 1) {
-        load_row(initial[1], b, s.hidden, c + b * c_stride, c_stride);
+        load_row(initial[1], own, s.hidden, c + b * c_stride, c_stride);
+      }
+    }
+    // Samples without steps keep them.
+    const bool last = place.index == 0 && place.b0 < time.batch && place.b1 == time.batch;
+    for (int64_t b = time.batch; last && b < time.all(); ++b) {
+      const int64_t own = time.sample(b);
+      for (int i = 0; i < Cell::states; ++i) {
+        const int64_t size = s.state_size(i);
+        load_row(initial[i], own, size, final_state[i] + own * size, size);
       }
     }
     place.sync();
@@ -574,7 +594,8 @@ class Forward {
   struct Rows {
     int64_t b;  // samples [b, b + n) of one step
     int n;
-    int64_t first;       // row of the step's sample 0
+    int64_t t;           // the step
+    int64_t first;       // row of its sample 0
     int64_t alive_next;  // samples that go on
   };
 
@@ -690,7 +711,7 @@ class Forward {
     prepare_h(h_before, first, alive);
     if (hoisted && one_sample()) {
       const int64_t b = place.b0;
-      if (b < alive) step_one({b, 1, first, alive_next}, h_before, h_after, backwards);
+      if (b < alive) step_one({b, 1, t, first, alive_next}, h_before, h_after, backwards);
       return;
     }
     share.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
@@ -721,7 +742,7 @@ class Forward {
                               w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
                               nullptr);
         }
-        finish_panel(p, sums_begin, width, Rows{b, n, first, alive_next}, h_before, h_after);
+        finish_panel(p, sums_begin, width, Rows{b, n, t, first, alive_next}, h_before, h_after);
       }
     });
   }
@@ -755,13 +776,13 @@ class Forward {
         a[joined + g] = V::load(from + g * lanes);
         a[G + g] = V::load(from + (G + g) * lanes);
       }
-      finish_row(unit, valid, a, p, b, r, b >= rows.alive_next, h_before, h_after);
+      finish_row(unit, valid, a, p, rows.t, b, r, b >= rows.alive_next, h_before, h_after);
     }
   }
 
   // The same for one sample, whose row is r; `last`: its last step. p: the cell's parameters.
-  FASTCELL_INLINE void finish_row(int64_t unit, int valid, const V* a, V* p, int64_t b, int64_t r,
-                                  bool last, const T* h_before, T* h_after) {
+  FASTCELL_INLINE void finish_row(int64_t unit, int valid, const V* a, V* p, int64_t t, int64_t b,
+                                  int64_t r, bool last, const T* h_before, T* h_after) {
     V state[Cell::states], keep[Cell::saved + 1];
     T* const c_row = c + b * c_stride + unit;
     state[0] = s.projected ? V(0) : V::load(h_before + b * h_stride + unit);
@@ -770,7 +791,7 @@ class Forward {
       for (V& one : state) one = V(0);
     }
     for (int i = 0; i < Cell::held; ++i) {
-      const noise::Bits key = seed ? noise::row_key(state_keys[i], r) : 0;
+      const noise::Bits key = seed ? noise::row_key(state_keys[i], time.row(t, b)) : 0;
       p[Cell::parameters + i] = hold<T>(s.options.zoneout[i], seed ? &key : nullptr, unit);
     }
     Cell::forward(s.options, a, p, state, keep);
@@ -782,16 +803,16 @@ class Forward {
     }
     if constexpr (Cell::states > 1) {
       state[1].store(c_row);
-      if (kept_states) store_first(kept_states + r * s.hidden + unit, state[1], valid);
-      if (last) store_first(final_state[1] + b * s.hidden + unit, state[1], valid);
+      if (kept_states) store_first(kept_states + r * kept_stride + unit, state[1], valid);
+      if (last) store_first(final_state[1] + time.sample(b) * s.hidden + unit, state[1], valid);
     }
     if (s.projected) {
       state[0].store(m + b * c_stride + unit);
       if (kept_cell_output) store_first(kept_cell_output + r * s.hidden + unit, state[0], valid);
     } else {
       state[0].store(h_after + b * h_stride + unit);
-      store_output(r * y_stride + unit, state[0], valid);
-      if (last) store_first(final_state[0] + b * s.hidden + unit, state[0], valid);
+      store_output(t, b, r, unit, state[0], valid);
+      if (last) store_first(final_state[0] + time.sample(b) * s.hidden + unit, state[0], valid);
     }
   }
 
@@ -839,7 +860,7 @@ class Forward {
             }
             values[G - 1] = values[G - 1] + V::load(to[i] + v * lanes);
             values[G] = V::load(m + (b + i) * c_stride + unit);
-            finish_row(unit, valid, values, held, b + i, first + b + i, b + i >= alive_next,
+            finish_row(unit, valid, values, held, t, b + i, first + b + i, b + i >= alive_next,
                        h_before, h_after);
           }
         }
@@ -853,9 +874,12 @@ class Forward {
     return t + 1 < time.steps ? time.alive(t + 1) : 0;
   }
 
-  FASTCELL_INLINE void store_output(int64_t at, V value, int valid) const {
+  FASTCELL_INLINE void store_output(int64_t t, int64_t b, int64_t r, int64_t unit, V value,
+                                    int valid) const {
+    int64_t at = r * y_stride + unit;
     if (y) store_first(y + at, value, valid);
     if (!output) return;
+    if (__builtin_expect(reordered, 0)) at = time.row(t, b) * y_stride + unit;
     if (output_storage == Storage::kSame) {
       store_first(reinterpret_cast<T*>(output) + at, value, valid);
     } else {
@@ -888,9 +912,9 @@ class Forward {
             const int64_t at = unit + v * lanes, left = s.output - at;
             const int valid = left < lanes ? int(left) : lanes;
             const V value = V::load(to[i] + v * lanes);
-            store_output((first + b + i) * y_stride + at, value, valid);
+            store_output(t, b + i, first + b + i, at, value, valid);
             if (b + i >= alive_next) {
-              store_first(final_state[0] + (b + i) * s.output + at, value, valid);
+              store_first(final_state[0] + time.sample(b + i) * s.output + at, value, valid);
             }
           }
         }

@@ -67,6 +67,36 @@ void sigmoid_array(DType dtype, const void* x, void* y, int64_t count) {
   map_array(dtype, x, y, count, [](auto v) { return sigmoid(v); });
 }
 
+// Elements that share a key. (A row's number fits in 32 bits then, whatever there is to draw.)
+constexpr int64_t kDrawnTogether = 4096;
+
+void drop(DType dtype, const void* from, void* to, int64_t count, uint64_t seed,
+          double probability) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    using V = Vec<T>;
+    const V scale(probability < 1 ? T(1 / (1 - probability)) : T(0));
+    const T* const x = static_cast<const T*>(from);
+    T* const y = static_cast<T*>(to);
+    const noise::Bits own = noise::state_key(seed, 0, 0);
+    for (int64_t block = 0; block * kDrawnTogether < count; ++block) {
+      const noise::Bits key = noise::row_key(own, noise::Counter(block));
+      const int64_t begin = block * kDrawnTogether, left = count - begin;
+      const int64_t here = left < kDrawnTogether ? left : kDrawnTogether;
+      for (int64_t i = 0; i < here; i += V::lanes) {
+        const int n = here - i < V::lanes ? int(here - i) : V::lanes;
+        const V factor = (V(1) - hold<T>(probability, &key, i)) * scale;
+        store_first(y + begin + i, load_first(x + begin + i, n) * factor, n);
+      }
+    }
+  };
+  if (dtype == DType::kFloat32) {
+    run(0.0f);
+  } else {
+    run(0.0);
+  }
+}
+
 // One line per cell: those that have narrow products too, then the others.
 template <class T, class Precision>
 constexpr CellKernels narrow_cells[] = {
@@ -114,6 +144,7 @@ const Kernels table = {
     sigmoid_array,
     run_fma,
     read_array,
+    drop,
     &tree_table,
     &normed_table,
 };

@@ -112,12 +112,11 @@ template <class T>
 FASTCELL_INLINE Vec<T> hold(double probability, const noise::Bits* key, int64_t unit) {
   using V = Vec<T>;
   if (!key || probability == 0) return V(T(probability));
-  const noise::Bits below = noise::threshold(probability);
-  alignas(64) T drawn[V::lanes];
-  for (int i = 0; i < V::lanes; ++i) {
-    drawn[i] = noise::draw(*key, noise::Bits(unit) + noise::Bits(i)) < below ? T(1) : T(0);
-  }
-  return V::load(drawn);
+  using Units = typename Raw<T>::counters;
+  Units units{};
+  for (int i = 0; i < V::lanes; ++i) units[i] = noise::Bits(unit) + noise::Bits(i);
+  const auto held = noise::draw(*key, units) < Units{} + noise::threshold(probability);
+  return V::from_bits(__builtin_convertvector(held, typename V::Bits) & V(1).bits());
 }
 
 }  // namespace fastcell::FASTCELL_ISA

@@ -40,6 +40,18 @@ FASTCELL_INLINE void for_row_blocks(const Timeline& time, int64_t t0, int64_t t1
   if (n > 0) f(rows, n);
 }
 
+// Zeros where a padded batch has no step of a sample; every thread of a team does its part.
+template <class T>
+FASTCELL_INLINE void clear_padding(const Timeline& time, const RowMap<T>& rows, int64_t features,
+                                   const Team& team) {
+  if (!time.order || !rows.base) return;
+  for (int64_t t = team.index; t < time.padded_steps; t += team.size) {
+    for (int64_t b = t < time.steps ? time.alive(t) : 0; b < time.samples; ++b) {
+      std::memset(rows.at(t, b, 0), 0, features * sizeof(T));
+    }
+  }
+}
+
 // A thread's share of (panels x batch): contiguous in panel-major order, so that a thread meets the
 // same weights at every step. Calls f(panel, b0, b1).
 struct Share {

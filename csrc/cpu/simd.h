@@ -43,12 +43,14 @@ struct Raw<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float in_memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t counters __attribute__((vector_size(kVectorBytes)));  // one per lane
 };
 template <>
 struct Raw<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef double in_memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t counters __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <>
 struct Raw<int32_t> {

@@ -31,6 +31,12 @@ def dot_products(wanted: bool | None = None) -> bool:
 def isas() -> list[str]:
     """The instruction sets that this build and this CPU have, lowest first."""
 
+def drop(from_: int, to: int, count: int, float64: bool, seed: int, probability: float, /) -> None:
+    """Dropout by a seed: each element is zeroed with that probability, the others are scaled."""
+
+def ragged_order(batch: int, lengths: int, order: int, offsets: int, /) -> None:
+    """Fill the tensors of csrc/cpu/ragged_rows.h at these addresses."""
+
 def ragged_rows(
     steps: int,
     batch: int,
@@ -150,12 +156,14 @@ class Stack:
         batch: int,
         rows: int,
         offsets: int,
+        padding: tuple[int, int, int],
         x: int,
         x_step: int,
         x_row: int,
         h0: int,
         c0: int,
         y: int,
+        cells: int,
         h_final: int,
         c_final: int,
         extras: Sequence[int],
@@ -168,7 +176,10 @@ class Stack:
     ) -> None:
         """Run the stack; with ``reserve`` keep what ``backward`` needs.
 
-        ``extras``: addresses of ``fastcell.plan.Extras``.
+        ``offsets`` (steps + 1): of ragged samples, the first row of each step. ``padding``: with
+        lengths, (address of the samples' order, all samples, all steps), else zeros. ``cells``:
+        where c of all steps goes, of one layer, if nothing is kept. ``extras``: addresses of
+        ``fastcell.plan.Extras``.
 
         ``storage`` of x and y: ``"same"`` as the stack's dtype, ``"bfloat16"`` or ``"float16"``.
         """
@@ -179,6 +190,7 @@ class Stack:
         batch: int,
         rows: int,
         offsets: int,
+        padding: tuple[int, int, int],
         x: int,
         x_step: int,
         x_row: int,

@@ -29,10 +29,19 @@ def layer_with_cells(
     batch_sizes: Tensor | None,
     extras: Extras,
     kernels: bool,
+    gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """One LSTM layer: output, final states, and c of all steps, shaped as the output."""
+    """One LSTM layer: output, final states, and c of all steps, shaped as the output.
+
+    ``kernels``: whether they take these tensors; ``gradient``: whether one may be wanted.
+    """
     if not kernels:
         return _composite(config, input, hx, weights, batch_sizes, extras)
+    if not gradient:
+        output, states, _, cells = engine_of(input).with_cells(
+            config, input, hx, weights, batch_sizes, extras, False
+        )
+        return output, tuple(states), cells
     hx = tuple(hx or ())
     output, h, c, cells = _LayerWithCells.apply(  # type: ignore[no-untyped-call]
         config, len(hx), batch_sizes, *extras, input, *hx, *weights
@@ -68,11 +77,9 @@ class _LayerWithCells(Function):
     ) -> tuple[Tensor, ...]:
         extras, (input, *rest) = Extras(*tensors[:_EXTRAS]), tensors[_EXTRAS:]
         hx, weights = rest[:state_count] or None, rest[state_count:]
-        engine = engine_of(input)
-        output, states, reserve = engine.forward(
+        output, states, reserve, cells = engine_of(input).with_cells(
             config, input, hx, weights, batch_sizes, extras, True
         )
-        cells = engine.cells(config, input, weights, batch_sizes, reserve)
         ctx.config, ctx.state_count = config, state_count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, reserve, *tensors)

@@ -263,6 +263,9 @@ def _sequence(
     if batch_sizes is None:
         padded = input.transpose(0, 1) if batch_first else input
         steps, batch = padded.shape[0], padded.shape[1]
+        if lengths is not None:  # whatever stands behind a sample's end
+            runs = torch.arange(steps, device=padded.device)[:, None] < lengths
+            padded = padded.where(runs[:, :, None], 0)
         rows = padded.reshape(steps * batch, padded.shape[2])
         alive = [batch] * steps
     else:

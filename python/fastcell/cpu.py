@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _core
+from .cells import spec_of
 from .packing import dense, packed_weights
 from .plan import NO_EXTRAS, Config, Extras, bound_stack, plan_for, plan_for_symbolic
 
@@ -20,7 +22,7 @@ __all__ = [
 _SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
-LENGTHS = False  # whether kernels take a padded batch with lengths of its samples
+_NO_PADDING = (0, 0, 0)
 # How the kernels read input and write output of other dtypes, which they compute in float32.
 _NO_POINTERS = (0,) * len(NO_EXTRAS)
 _STORAGE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -31,6 +33,53 @@ def row_offsets(batch_sizes: Tensor) -> Tensor:
     offsets = batch_sizes.new_zeros(batch_sizes.shape[0] + 1)
     torch.cumsum(batch_sizes, 0, out=offsets[1:])
     return offsets
+
+
+class _Ragged(NamedTuple):
+    """A padded batch with lengths: its samples that have steps, the longest first."""
+
+    order: Tensor  # of all samples
+    offsets: Tensor  # (longest + 1,): how many rows the steps before each have
+    batch: int  # samples that have steps
+    rows: int
+    samples: int
+    steps: int  # of the padded batch
+
+    def numbers(self) -> Tensor:
+        """Of the rows, among those of the padded batch, in the order of time."""
+        rows = torch.arange(self.rows, device="cpu")
+        step = torch.searchsorted(self.offsets[1:], rows, right=True)
+        return step * self.samples + self.order[rows - self.offsets[step]]
+
+
+def _ragged(lengths: Tensor, steps: int) -> _Ragged:
+    values = lengths.tolist()
+    order, offsets = torch.empty_like(lengths), lengths.new_empty(max(values, default=0) + 1)
+    _core.ragged_order(len(values), lengths.data_ptr(), order.data_ptr(), offsets.data_ptr())
+    batch = len(values) - values.count(0)
+    return _Ragged(order, offsets, batch, sum(values), len(values), steps)
+
+
+def _extras_of_rows(extras: Extras, ragged: _Ragged) -> Extras:
+    """What there is one of for each row, for those that exist."""
+    if extras.dropout is None and extras.reset is None:
+        return extras
+    numbers = ragged.numbers()
+    dropout, reset = extras.dropout, extras.reset
+    return extras._replace(
+        dropout=None if dropout is None else dropout.flatten(1, 2).index_select(1, numbers),
+        reset=None if reset is None else reset.reshape(-1)[numbers],
+    )
+
+
+def _strides(config: Config, t: Tensor | None) -> tuple[int, int]:
+    """Elements between steps, and between samples of one step; of packed rows the latter."""
+    if t is None:
+        return 0, 0
+    first, second, *features = t.stride()
+    if not features:
+        return 0, first
+    return (second, first) if config.batch_first else (first, second)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -72,10 +121,13 @@ def forward(
     extras: Extras,
     keep: bool,
     output: Tensor | None = None,
+    cells: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs the stack: (output, final states, what the backward call needs or None).
 
-    ``output``: where to write it, steps of a tensor that an earlier call could have returned.
+    ``batch_sizes``: of packed input, or of padded input the lengths of its samples. ``output``:
+    where to write it, steps of a tensor that an earlier call could have returned. ``cells``: where
+    to write c of all rows, (rows, D*H), of one layer, if nothing is kept.
     The arguments are taken as checked. Input and states may have 16 bits, then the results have
     too; the factors of ``extras`` are float32 then.
     """
@@ -83,33 +135,45 @@ def forward(
     storage = _STORAGE.get(x.dtype, "same")
     (stack, count, width, sizes), packed_w = packed_weights(config, x, weights, threads)
     x = _dense_rows(x)
-    if batch_sizes is None:
-        offsets = None
+    x_step, x_row = _strides(config, x)
+    offsets, padding = None, _NO_PADDING
+    if batch_sizes is None or x.dim() == 3:
         steps, batch, _ = x.shape
-        x_step, x_row, _ = x.stride()
         if config.batch_first:
-            steps, batch, x_step, x_row = batch, steps, x_row, x_step
+            steps, batch = batch, steps
         if output is not None:
             y = output
         elif config.batch_first:
-            # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
-            y = x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
+            y = padded_like_output(x, width)
         else:
             y = _new(x, steps, batch, width)
-        rows = steps * batch
+        rows, samples = steps * batch, batch
+        if batch_sizes is not None:
+            ragged = _ragged(batch_sizes, steps)
+            if ragged.rows == 0:
+                return _nothing(config, y, hx, count, sizes, stack, rows, keep)
+            extras = _extras_of_rows(extras, ragged)
+            padding = (ragged.order.data_ptr(), batch, steps)
+            offsets, batch, rows = ragged.offsets, ragged.batch, ragged.rows
+            steps = offsets.shape[0] - 1
     else:
         offsets = row_offsets(batch_sizes)
         steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
-        x_step, x_row = 0, x.stride()[0]
+        samples = batch
         y = x.new_empty((rows, width)) if output is None else output
 
     like = x
     if storage != "same":
         like = x.new_empty(0, dtype=torch.float32)
         hx = None if hx is None else [h.float() for h in hx]
-    h_final = _new(like, count, batch, sizes[0])
-    c_final = _new(like, count, batch, sizes[1]) if len(sizes) > 1 else None
-    reserve = like.new_empty(rows * stack.reserve_row_elements) if keep else None
+    h_final = _new(like, count, samples, sizes[0])
+    c_final = _new(like, count, samples, sizes[1]) if len(sizes) > 1 else None
+    reserve = None
+    if keep:
+        # With lengths, for all rows: what an operator returns has no size that numbers decide.
+        # Memory that is not written is not taken.
+        kept = rows if x.dim() == 2 else x.shape[0] * x.shape[1]
+        reserve = like.new_empty(kept * stack.reserve_row_elements)
     workspace, _fresh = scratch(
         stack.forward_workspace(
             steps,
@@ -132,12 +196,14 @@ def forward(
         batch,
         rows,
         0 if offsets is None else offsets.data_ptr(),
+        padding,
         x.data_ptr(),
         x_step,
         x_row,
         0 if h is None else h.data_ptr(),
         0 if c is None else c.data_ptr(),
         y.data_ptr(),
+        0 if cells is None else cells.data_ptr(),
         h_final.data_ptr(),
         0 if c_final is None else c_final.data_ptr(),
         pointers,
@@ -185,22 +251,21 @@ def backward(
     ]
     d_x, d_hx, d_weights = grads[0], grads[1 : 1 + len(hx)], grads[1 + len(hx) :]
     d_y = None if grad_output is None else _dense_rows(grad_output)
-    x_step, x_row = x.stride()[:2]
-    d_x_step, d_x_row = (0, 0) if d_x is None else d_x.stride()[:2]
-    d_y_step, d_y_row = (0, 0) if d_y is None else d_y.stride()[:2]
-    if batch_sizes is None:
-        offsets = None
+    offsets, padding = None, _NO_PADDING
+    if batch_sizes is None or x.dim() == 3:
         steps, batch, _ = x.shape
         if config.batch_first:
             steps, batch = batch, steps
-            x_step, x_row, d_x_step, d_x_row = x_row, x_step, d_x_row, d_x_step
-            d_y_step, d_y_row = d_y_row, d_y_step
         rows = steps * batch
+        if batch_sizes is not None:
+            ragged = _ragged(batch_sizes, steps)
+            extras = _extras_of_rows(extras, ragged)
+            padding = (ragged.order.data_ptr(), batch, steps)
+            offsets, batch, rows = ragged.offsets, ragged.batch, ragged.rows
+            steps = offsets.shape[0] - 1
     else:
-        # Rows alone: (rows, features).
         offsets = row_offsets(batch_sizes)
         steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
-        x_row, d_x_row, d_y_row = x_step, d_x_step, d_y_step
     if rows == 0:
         _gradients_of_nothing(grads, d_hx, grad_states)
         return grads
@@ -226,13 +291,12 @@ def backward(
         batch,
         rows,
         0 if offsets is None else offsets.data_ptr(),
+        padding,
         x.data_ptr(),
-        x_step,
-        x_row,
+        *_strides(config, x),
         0 if d_x is None else d_x.data_ptr(),
         0 if d_y is None else d_y.data_ptr(),
-        d_y_step,
-        d_y_row,
+        *_strides(config, d_y),
         0 if h is None else h.data_ptr(),
         0 if c is None else c.data_ptr(),
         0 if d_h_final is None else d_h_final.data_ptr(),
@@ -244,8 +308,7 @@ def backward(
         [0 if g is None else g.data_ptr() for g in d_weights],
         reserve.data_ptr(),
         workspace,
-        d_x_step,
-        d_x_row,
+        *_strides(config, d_x),
         add_to is not None,
         0 if cell_rows is None else cell_rows.data_ptr(),
         threads,
@@ -266,7 +329,7 @@ def _gradients_of_nothing(
     d_hx: Sequence[Tensor | None],
     grad_states: Sequence[Tensor | None],
 ) -> None:
-    """Of a batch of no sample: the kernels would write nothing."""
+    """Of a call that has no row: the kernels would write nothing."""
     for grad in grads:
         if grad is not None:
             grad.zero_()
@@ -275,11 +338,60 @@ def _gradients_of_nothing(
             grad.copy_(given)
 
 
-def cells(
+def _nothing(
+    config: Config,
+    y: Tensor,
+    hx: Sequence[Tensor] | None,
+    count: int,
+    sizes: Sequence[int],
+    stack: _core.Stack,
+    rows: int,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """What ``forward`` returns where all lengths are zero."""
+    batch = y.shape[0 if config.batch_first else 1]
+    if hx is None:
+        states = [y.new_zeros((count, batch, size)) for size in sizes]
+    else:
+        states = [h.clone(memory_format=torch.contiguous_format) for h in hx]
+    kept = y.new_empty(rows * stack.reserve_row_elements) if keep else None
+    return y.zero_(), states, kept
+
+
+def with_cells(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    extras: Extras,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
+    """``forward`` of one layer, and c of all steps, in the input's layout."""
+    if keep:
+        output, states, reserve = forward(config, x, hx, weights, batch_sizes, extras, True)
+        assert reserve is not None
+        return output, states, reserve, _kept_cells(config, x, weights, reserve)
+    width = weights[0].shape[0] // spec_of(config.cell).gates * (2 if config.bidirectional else 1)
+    if x.dim() == 2 or not config.batch_first:
+        cells = x.new_empty((*x.shape[:-1], width))
+    else:
+        cells = padded_like_output(x, width)
+    output, states, _ = forward(config, x, hx, weights, batch_sizes, extras, False, cells=cells)
+    return output, states, None, cells
+
+
+def padded_like_output(x: Tensor, width: int) -> Tensor:
+    """For (B, T, .) input: memory of a (B, T, width) result."""
+    # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
+    batch, steps, _ = x.shape
+    return x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
+
+
+def _kept_cells(
     config: Config,
     x: Tensor,
     weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
     reserve: Tensor,
 ) -> Tensor:
     """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept."""

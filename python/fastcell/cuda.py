@@ -30,12 +30,11 @@ from .cuda_weights import biases_of, by_direction, by_unit, pack, parameters_of,
 from .plan import Config, Extras
 
 __all__ = [
-    "DTYPES", "architectures", "backward", "cells", "choose_engine", "choose_wavefront", "forward",
-    "new_reserve", "products_of",
+    "DTYPES", "architectures", "backward", "choose_engine", "choose_wavefront", "forward",
+    "new_reserve", "products_of", "with_cells",
 ]  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LENGTHS = True
 ENGINES = ("step", "grid", "cluster")
 
 # The compiled half. Tests put the emulated one in its place.
@@ -750,7 +749,23 @@ class _Backward:
                     d_weights[at * each + k] = found[k]
 
 
-def cells(
+def with_cells(
+    config: Config,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    extras: Extras,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
+    """``forward`` of one layer, and c of all steps, in the input's layout."""
+    output, states, reserve = forward(config, x, hx, weights, batch_sizes, extras, True)
+    assert reserve is not None
+    cells = _kept_cells(config, x, weights, batch_sizes, reserve)
+    return output, states, reserve if keep else None, cells
+
+
+def _kept_cells(
     config: Config,
     x: Tensor,
     weights: Sequence[Tensor],

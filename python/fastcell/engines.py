@@ -1,7 +1,6 @@
 """Which engine runs a call: by the device of its input.
 
-An engine is a module with ``forward``, ``backward``, ``new_reserve``, ``DTYPES`` and
-``LENGTHS`` (whether it takes a padded batch with the lengths of its samples).
+An engine is a module with ``forward``, ``with_cells``, ``backward``, ``new_reserve``, ``DTYPES``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .cells import (
 )
 from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .normed import weights_each
-from .ragged import checked_lengths, run_ragged
+from .ragged import checked_lengths, run_ragged, values_of
 from .trees.functional import tree_lstm, tree_rnn
 
 __all__ = [
@@ -618,6 +618,9 @@ def _run_packed(
     reset: Sequences | None = None,
 ) -> tuple[PackedSequence, States]:
     data, batch_sizes, sorted_indices, unsorted_indices = input
+    if data.dim() != 2:
+        refuse(data, states, batch_sizes)
+        raise RuntimeError(f"packed input must have 2 dimensions, got {data.dim()}")
     if states is not None and sorted_indices is not None:
         states = tuple([state.index_select(1, sorted_indices) for state in states])
     batch: int | None
@@ -663,19 +666,23 @@ def _run_lengths(
     lengths = checked_lengths(lengths, batch, steps)
     if reset is not None:
         reset = checked_reset(reset, input, layer.batch_first)
-    if not lengths.is_cpu:
-        if lengths.device != input.device:
-            raise RuntimeError(
-                f"lengths must be on the CPU or the input's device, got {lengths.device} and "
-                f"{input.device}"
-            )
-        return _launch(
-            layer, cell, input, states, weights, lengths, steps, batch, refuse, launch, reset
+    if not lengths.is_cpu and lengths.device != input.device:
+        raise RuntimeError(
+            f"lengths must be on the CPU or the input's device, got {lengths.device} and "
+            f"{input.device}"
         )
-    if bool((lengths == steps).all()):
+    values = values_of(lengths)
+    if values and min(values) == steps:
         return _launch(
             layer, cell, input, states, weights, None, steps, batch, refuse, launch, reset
         )
+    # The kernels read lengths. What runs around them on a CPU takes rows.
+    whole = lengths.device == input.device and launch is None and not layer.recompute
+    if not lengths.is_cpu or whole:
+        return _launch(
+            layer, cell, input, states, weights, lengths.contiguous(), steps, batch, refuse, launch,
+            reset,
+        )  # fmt: skip
     wrong_dtype = launch is None and input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
     if not lengths.any():
@@ -738,8 +745,6 @@ def _refuse_wrong_sizes(
 ) -> None:
     """Let ``refuse`` find the words if a size of input or states, or the dtype, is wrong."""
     wrong_size = input.shape[-1] != layer.input_size
-    if batch_sizes is not None and input.dim() != 2 and batch_sizes.is_cpu:
-        wrong_size = True
     if states is not None and batch is not None:
         stacked = layer.num_layers * (2 if layer.bidirectional else 1)
         if states[0].shape != (stacked, batch, layer.proj_size or layer.hidden_size):
@@ -748,8 +753,7 @@ def _refuse_wrong_sizes(
             wrong_size = True
     if wrong_size or wrong_dtype:
         # (Of a padded batch's lengths, torch's own checks would think that they are packed.)
-        lengths = batch_sizes is not None and not batch_sizes.is_cpu
-        refuse(input, states, None if lengths else batch_sizes)
+        refuse(input, states, None if input.dim() == 3 else batch_sizes)
         if wrong_size:  # a subclass can have checks of its own that let anything pass
             raise RuntimeError("input or initial states are of a wrong size")
 

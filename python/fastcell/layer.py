@@ -14,13 +14,13 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from . import transforms
 from .cells import NORMED_CELLS, cell_of, checked_probability, options_of, spec_of
 from .functional import Sequences, States, run_normed, run_stack
 from .layer_skip import run_skipping
 from .layer_states import run_all
 from .packing import clear_packed_weights
 from .small import Small
+from .weight_dropout import dropped
 
 
 class Swappable(torch.nn.Module):
@@ -169,7 +169,7 @@ class Layer(Swappable, torch.nn.RNNBase):
         if not self.training or self.weight_dropout == 0:
             return weights
         return [
-            _dropout(w, self.weight_dropout) if "weight_hh" in name else w
+            dropped(w, self.weight_dropout) if "weight_hh" in name else w
             for name, w in zip(self._flat_weights_names, weights, strict=True)
         ]
 
@@ -263,14 +263,6 @@ class Layer(Swappable, torch.nn.RNNBase):
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, states[0], batch_sizes)
-
-
-def _dropout(w: Tensor, probability: float) -> Tensor:
-    """torch's dropout; on a CPU from uniform numbers, which torch draws more quickly."""
-    if not w.is_cpu or torch.compiler.is_compiling() or transforms.transformed():
-        return torch.nn.functional.dropout(w, probability)
-    kept = torch.rand(w.shape, dtype=torch.float32, device="cpu") >= probability
-    return w * (kept.to(w.dtype) / (1 - probability))
 
 
 class HiddenLayer(Layer):

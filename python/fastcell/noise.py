@@ -32,5 +32,5 @@ def held(seed: Tensor, layer: int, state: int, rows: Tensor, units: int, p: floa
     key = _mix(key ^ (rows & _MASK))
     key = _mix(key ^ (rows >> 32))[:, None]
     unit = torch.arange(units, device=rows.device)
-    drawn = _mix(_mix(_times(unit, 0x9E3779B9) + key & _MASK) ^ key)
+    drawn = _mix(_times(unit, 0x9E3779B9) ^ key)
     return drawn < (_MASK if p >= 1 else int(p * 2.0**32))

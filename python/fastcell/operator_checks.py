@@ -157,8 +157,6 @@ def check_stored_small(products: str, weights: Sequence[Tensor]) -> None:
 
 def _check_lengths(x: Tensor, lengths: Tensor, batch_first: bool) -> None:
     batch = x.shape[0 if batch_first else 1]
-    if not engine_of(x).LENGTHS:
-        raise RuntimeError("fastcell's CPU kernels take packed (rows, I) input with batch_sizes")
     if (
         lengths.dtype is not torch.int64
         or lengths.shape != (batch,)
@@ -169,6 +167,12 @@ def _check_lengths(x: Tensor, lengths: Tensor, batch_first: bool) -> None:
             f"lengths of a padded batch must be contiguous int64 of shape ({batch},) on "
             f"{x.device}, got {lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}"
         )
+    if lengths.is_cpu and batch:
+        steps, values = x.shape[1 if batch_first else 0], lengths.tolist()
+        if min(values) < 0 or max(values) > steps:
+            raise RuntimeError(
+                f"lengths must be from 0 to {steps} steps, got {min(values)} to {max(values)}"
+            )
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

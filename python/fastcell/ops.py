@@ -222,8 +222,9 @@ def _with_cells(
         _seed(input) if training and any(options_of(cell).zoneout) else None,
     )
     output, states, cells = layer_with_cells(
-        config, input, hx, weights, batch_sizes, extras, kernels
-    )
+        config, input, hx, weights, batch_sizes, extras, kernels,
+        _wants_gradient(input, hx, weights),
+    )  # fmt: skip
     if result_dtype is not None:
         output, cells = output.to(result_dtype), cells.to(result_dtype)
         states = tuple([s.to(result_dtype) for s in states])

@@ -1,7 +1,9 @@
 """Padded batches whose samples end at lengths of their own.
 
-Lengths on the CPU: the rows that exist are picked out, run as packed ones, and put back. Lengths on
-a GPU stay there: the kernels read them, and nothing waits for the device.
+The kernels read lengths where the input is: those on a GPU stay there, and nothing waits for the
+device. For what takes rows alone (layer normalisation and all states on a CPU, recomputation), and
+for lengths on the CPU of input on a GPU, the rows that exist are picked out, run as packed ones,
+and put back.
 """
 
 from __future__ import annotations
@@ -36,12 +38,23 @@ def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
     lengths = lengths.long()  # in 8 bits a number of steps may not exist
-    if lengths.is_cpu and batch and not torch.compiler.is_compiling():
-        values = lengths.tolist()
-        low, high = min(values), max(values)
-        if low < 0 or high > steps:
-            raise ValueError(f"lengths must be from 0 to {steps} steps, got {low} to {high}")
+    values = values_of(lengths)
+    if values and (min(values) < 0 or max(values) > steps):
+        raise ValueError(
+            f"lengths must be from 0 to {steps} steps, got {min(values)} to {max(values)}"
+        )
     return lengths
+
+
+def values_of(lengths: Tensor) -> list[int] | None:
+    """The numbers, where they can be read without waiting for a GPU or breaking a graph."""
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or not lengths.is_cpu:
+        return None
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    if wrapped or torch._C._get_tracing_state() is not None:
+        return None
+    values: list[int] = lengths.tolist()
+    return values
 
 
 class _Rows(NamedTuple):
