@@ -91,7 +91,7 @@ class BoundStack {
  public:
   BoundStack(const std::string& cell, const std::string& dtype, const std::string& products,
              int64_t input, int64_t hidden, int64_t proj, int layers, int directions, bool bias,
-             const CellOptionsTuple& options)
+             const CellOptionsTuple& options, int64_t delay)
       : stack_{named<DType>(dtype, kDTypeNames, "dtype"),
                named<Products>(products, kProductsNames, "products"),
                input,
@@ -103,10 +103,14 @@ class BoundStack {
                directions,
                0,
                true,
-               cell_options(options)},
+               cell_options(options),
+               delay},
         kernels_(kernels_named(cell, stack_)) {
     stack_.parameters = kernels_.parameters;
     stack_.recurrent = kernels_.recurrent;
+    if (delay != 0 && (delay < 2 || stack_.products != Products::kExact)) {
+      throw std::invalid_argument("a delay has 2 or more steps, and goes with exact products");
+    }
     if (input < 0 || hidden <= 0 || layers <= 0 || directions < 1 || directions > 2) {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
@@ -238,7 +242,11 @@ class BoundStack {
   }
   const Stack& stack() const { return stack_; }
 
-  void run(const ForwardCall& call) const { launch(call, kernels_.forward); }
+  void run(const ForwardCall& call) const {
+    // A call that is over before another thread could take the interpreter's lock keeps it.
+    const bool brief = call.schedule.threads() == 1 && call.time.rows * packed_bytes() <= 1 << 18;
+    launch(call, kernels_.forward, !brief);
+  }
 
   void backward(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, const Padding& padding,
                 Pointer x, int64_t x_step, int64_t x_row, Pointer d_x, Pointer d_y,
@@ -283,12 +291,14 @@ class BoundStack {
 
  private:
   template <class Call>
-  static void launch(const Call& call, void (*kernel)(const Call&, const Team&, Barrier*)) {
+  static void launch(const Call& call, void (*kernel)(const Call&, const Team&, Barrier*),
+                     bool release = true) {
     struct Job {
       const Call& call;
       void (*kernel)(const Call&, const Team&, Barrier*);
     } job{call, kernel};
-    py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> released;
+    if (release) released.emplace();
     run_team(
         call.schedule.threads(),
         [](const Team& team, Barrier* barriers, const void* context) {
@@ -414,61 +424,30 @@ class Hash {
  public:
   void add(const void* from, int64_t count, int64_t item_size, bool whole) {
     constexpr int64_t kSmall = 4096;  // what gradcheck moves element by element is smaller
-    const char* data = static_cast<const char*>(from);
     if (whole || count <= kSmall) {
-      add_whole(data, count * item_size);
+      value_ = kernels().hash(from, count * item_size, value_);
     } else {
-      add_sample(data, count * item_size);
+      add_sample(static_cast<const char*>(from), count * item_size);
     }
   }
 
-  std::uint64_t value() const {
-    std::uint64_t value = 0;
-    for (std::uint64_t way : ways_) value = mix(value, way);
-    return value;
-  }
+  std::uint64_t value() const { return value_; }
 
  private:
-  void add_whole(const char* data, int64_t bytes) {
-    int64_t i = 0;
-    for (; i + int64_t(sizeof ways_) <= bytes; i += sizeof ways_) {
-      std::uint64_t words[kWays];
-      std::memcpy(words, data + i, sizeof words);
-      for (int way = 0; way < kWays; ++way) ways_[way] = mix(ways_[way], words[way]);
-    }
-    for (; i < bytes; i += 8) {
-      add_word(data + i, bytes - i < 8 ? size_t(bytes - i) : 8, int(i / 8 % kWays));
-    }
-  }
-
   void add_sample(const char* data, int64_t bytes) {
     constexpr int64_t kSamples = 64;
     const int64_t each = bytes / (8 * kSamples);
+    std::uint64_t sample[kSamples];
     for (int64_t i = 0; i < kSamples; ++i) {
       // Anywhere within its part, so that samples do not all fall into one row or column.
-      const std::uint64_t random = (std::uint64_t(i) * kFactor) >> 32;
+      const std::uint64_t random = (std::uint64_t(i) * 0x9E3779B97F4A7C15ull) >> 32;
       const int64_t at = i * each + int64_t((random * std::uint64_t(each)) >> 32);
-      add_word(data + at * 8, 8, int(i % kWays));
+      std::memcpy(&sample[i], data + at * 8, 8);
     }
+    value_ = kernels().hash(sample, sizeof sample, value_);
   }
 
-  static constexpr int kWays = 8;  // side by side: one would wait for its own products
-  static constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15ull;
-
-  // For a given `hash` no two words give the same: any one change shows. The shift brings the upper
-  // bits down, without which a changed sign would stay in the top bit, and two would cancel.
-  static std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
-    hash = (hash ^ word) * kFactor;
-    return hash ^ (hash >> 32);
-  }
-
-  void add_word(const char* data, size_t bytes, int way) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, data, bytes);
-    ways_[way] = mix(ways_[way], word);
-  }
-
-  std::uint64_t ways_[kWays] = {1, 2, 3, 4, 5, 6, 7, 8};
+  std::uint64_t value_ = 0;
 };
 
 std::uint64_t fingerprint(const std::vector<std::tuple<Pointer, int64_t, int64_t>>& tensors,
@@ -752,10 +731,10 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<BoundStack>(m, "Stack", "A configuration of layers with the kernels that run it.")
       .def(py::init<const std::string&, const std::string&, const std::string&, int64_t, int64_t,
-                    int64_t, int, int, bool, const CellOptionsTuple&>(),
+                    int64_t, int, int, bool, const CellOptionsTuple&, int64_t>(),
            py::arg("cell"), py::arg("dtype"), py::arg("products"), py::arg("input"),
            py::arg("hidden"), py::arg("proj"), py::arg("layers"), py::arg("directions"),
-           py::arg("bias"), py::arg("options"))
+           py::arg("bias"), py::arg("options"), py::arg("delay") = 0)
       .def_property_readonly("packed_bytes", &BoundStack::packed_bytes)
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
       .def("cells_at", &BoundStack::cells_at)

@@ -46,6 +46,7 @@ def tensors(
     batch: int = 3,
     dtype: torch.dtype = torch.float64,
     scale: float = 0.4,
+    delay: int = 0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and states of a stack, of numbers that reach all branches."""
     spec = spec_of(cell)
@@ -68,7 +69,13 @@ def tensors(
                 weights.append(draw(proj, hidden))
             if spec.rows:
                 weights.append(draw(spec.rows, hidden))
-    states = [draw(layers * directions, batch, n) for n in (output, hidden)[: spec.states]]
+            if delay:
+                weights.append(draw(spec.gates * hidden, output))
+    rows = ((delay or 1) * batch, batch)
+    states = [
+        draw(layers * directions, n, size)
+        for n, size in zip(rows, (output, hidden)[: spec.states], strict=False)
+    ]
     return weights, states
 
 

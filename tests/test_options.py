@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import fastcell
-from fastcell import composite, noise
+from fastcell import composite, cpu, noise
 from fastcell.autograd import differentiable
-from fastcell.cells import Options, options_of, spec_of, with_options
-from fastcell.plan import Config
+from fastcell.cells import Options, options_of, spec_of, with_delay, with_options
+from fastcell.plan import Config, Extras
 from fastcell.weight_dropout import dropped
 from option_cases import (
     CHOICES,
     EXTRAS,
     PLAIN,
+    STEPS,
     ByReference,
     allowed,
     assert_within_policy,
@@ -687,6 +688,11 @@ def test_all_states_compiled_and_narrow():
     assert (h.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
+def cpu_forward(config, x, states, weights):
+    output, finals, _ = cpu.forward(config, x, states, weights, None, Extras(), keep=False)
+    return output, finals
+
+
 def beside_by_hand(layer, d, x, h, c):
     """One step at a time of a layer of one direction; h: its d last ones."""
     outputs, h = [], list(h.unbind(0))
@@ -756,6 +762,70 @@ def test_a_delay_beside_with_resets():
     reset[:] = False
     reset[8] = True
     torch.testing.assert_close(layer(x, reset=reset)[1], layer(x[8:])[1])
+
+
+@pytest.mark.parametrize("which", [(), EXTRAS[1]], ids=["none", "all"])
+@pytest.mark.parametrize("delay", [2, 3, STEPS, STEPS + 2])
+@pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
+def test_delayed_kernels_as_plain_torch(cell, delay, which):
+    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
+    weights, states = tensors(named, delay=delay)
+    _, extras = extras_for("padded", layers=2, directions=2, batch=3, output=7)
+    x = input_for("padded", 3, 5)
+    config = Config(with_delay(named, delay), 2, True, True, False)
+    leaves, own = [x, *states, *weights], given(allowed(named, which), extras)
+    found = results(lambda: differentiable(config, x, states, weights, None, own), leaves)
+    wanted = results(lambda: composite.sequence(config, x, states, weights, None, own), leaves)
+    assert_alike(found, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "proj"), [(1, 0), (1, 4), (19, 0), (37, 33)])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_delays_of_odd_sizes_and_threads(cell, batch, proj, threads):
+    proj = proj if spec_of(cell).projection else 0
+    sizes = {"layers": 3, "directions": 1, "proj": proj, "sizes": (6, 45), "batch": batch}
+    weights, states = tensors(cell, delay=3, scale=0.1, **sizes)
+    x = torch.randn(70, batch, 6, dtype=torch.float64, requires_grad=True)  # chunks of time
+    config = Config(with_delay(cell, 3), 3, False, True, False)
+    leaves, extras = [x, *states, *weights], Extras()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = results(lambda: differentiable(config, x, states, weights, None, extras), leaves)
+        with torch.no_grad():
+            alone, _ = cpu_forward(config, x, states, weights)
+    finally:
+        torch.set_num_threads(before)
+    wanted = results(lambda: composite.sequence(config, x, states, weights, None, extras), leaves)
+    assert_alike(found, wanted)
+    assert torch.equal(alone, found[0])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_delays_block_by_block_and_compiled(name):
+    layer = getattr(fastcell, name)(4, 5, 2, skip=3, skip_beside=True, bidirectional=True).double()
+    x = torch.randn(11, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradients(run):
+        output, final = run(x)
+        finals = final if name == "LSTM" else (final,)
+        total = output.square().sum() + sum(s.square().sum() for s in finals)
+        leaves = (x, *layer.parameters())
+        return [output, *finals, *torch.autograd.grad(total, leaves)]
+
+    found = gradients(layer)
+    assert_alike(gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")), found)
+    layer.recompute = True  # which the kernels of a delay do not know
+    assert_alike(gradients(layer), found)
+
+
+def test_delays_have_second_derivatives():
+    layer = fastcell.GRU(2, 3, skip=2, skip_beside=True).double()
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x, h))
+    assert torch.autograd.gradgradcheck(layer, (x, h))
 
 
 @pytest.mark.parametrize("name", LAYERS)

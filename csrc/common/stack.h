@@ -40,23 +40,38 @@ struct Stack {
   int parameters;  // vectors (H) that the cell has besides its matrices and biases
   bool recurrent;  // whether there is a matrix w_hh; else these vectors are in its place
   CellOptions options;
+  int64_t delay = 0;  // h of so many steps before is input too, through w_skip; 0: it is not
 
   FASTCELL_INLINE int64_t layer_input(int layer) const {
     return layer == 0 ? input : directions * output;
   }
   FASTCELL_INLINE int64_t state_size(int state) const { return state == 0 ? output : hidden; }
+  // Steps of which a sample brings h, and leaves it: the oldest first, but of a reverse direction,
+  // for which those are the steps after, the nearest first.
+  FASTCELL_INLINE int64_t remembered() const { return delay > 0 ? delay : 1; }
+  // Elements of one layer's and direction's state.
+  FASTCELL_INLINE int64_t state_elements(int state, int64_t batch) const {
+    return (state == 0 ? remembered() : 1) * batch * state_size(state);
+  }
+  // Where of these h of the k-th step before the first is; or before the end.
+  FASTCELL_INLINE int64_t remembered_at(int64_t k, bool reverse) const {
+    return reverse ? k : remembered() - 1 - k;
+  }
   // Tensors of one layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr][, the cell's vectors as
-  // one matrix], then for kInt8 what an integer weight stands for, per row of w_ih, w_hh[, w_hr].
+  // one matrix][, w_skip], then for kInt8 what an integer weight stands for, per row of w_ih,
+  // w_hh[, w_hr].
   FASTCELL_INLINE int projection_at() const { return 2 + (bias ? 2 : 0); }
   FASTCELL_INLINE int parameters_at() const {
     return recurrent ? projection_at() + (projected ? 1 : 0) : 1;
   }
   FASTCELL_INLINE int scales_at() const {
-    return projection_at() + (projected ? 1 : 0) + (parameters > 0 && recurrent ? 1 : 0);
+    return projection_at() + (projected ? 1 : 0) + (parameters > 0 && recurrent ? 1 : 0) +
+           (delay > 0 ? 1 : 0);
   }
   FASTCELL_INLINE int weights_each() const {
     return scales_at() + (products == Products::kInt8 ? 2 + (projected ? 1 : 0) : 0);
   }
+  FASTCELL_INLINE int skip_at() const { return scales_at() - 1; }
 };
 
 // Which rows exist: step t has alive(t) samples, a prefix of the batch; rows are time-major.

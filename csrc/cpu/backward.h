@@ -14,15 +14,16 @@ namespace fastcell::FASTCELL_ISA {
 
 // How the backward pass cuts time: chunks of blocks of steps. A block is what one chain of the
 // weights' gradients sums, so it depends on the sizes alone; a chunk has enough rows for every
-// thread.
+// thread, and no fewer steps than `least`.
 struct Chunks {
   int64_t block_steps, steps, count;
 
-  FASTCELL_INLINE Chunks(const Timeline& time, int64_t rows_per_block, int threads) {
+  FASTCELL_INLINE Chunks(const Timeline& time, int64_t rows_per_block, int threads, int64_t least) {
     const int64_t blocks = (time.rows + rows_per_block - 1) / rows_per_block;
     block_steps = (time.steps + blocks - 1) / blocks;
     const int64_t rows = block_steps * ((time.rows + time.steps - 1) / time.steps);
     steps = block_steps * ((96 * threads + rows - 1) / rows);
+    if (steps < least) steps = (least + block_steps - 1) / block_steps * block_steps;
     if (steps > time.steps) steps = time.steps;
     count = (time.steps + steps - 1) / steps;
   }
@@ -67,23 +68,24 @@ class Backward {
   struct Buffers {
     Chunks chunks;
     // Per direction, of two chunks in turn, since a chunk's last step is the next one's later step:
-    T* d_gates[2][2];   // (rows, (G + A + N) hidden)
-    T* d_output[2][2];  // projected: (rows, output), the gradient of h_t
-    T* d_h[2];          // per direction: (B, padded output), carried from step to step
-    T* d_c[2];          // per direction: (B, padded hidden)
-    T* h_weights[2];    // W_hh as panels over h_{t-1}
-    T* r_weights[2];    // W_hr as panels over m_t
-    T* x_weights[2];    // W_ih as panels over x_t
-    T* d_layer[2];      // gradient of an inner layer's output
-    T* dropped;         // an inner layer's output after dropout, made anew
-    T* masked;          // of a block of rows, h_{t-1} after recurrent dropout
-    T* zeros;           // a row of zeros, where no initial state was given
-    T* rows;            // scratch of multiply_rows
+    T* d_gates[2][2];    // (rows, (G + A + N) hidden)
+    T* d_output[2][2];   // projected: (rows, output), the gradient of h_t
+    T* d_h[2];           // per direction: (B, padded output), carried from step to step
+    T* d_c[2];           // per direction: (B, padded hidden)
+    T* h_weights[2];     // W_hh as panels over h_{t-1}
+    T* r_weights[2];     // W_hr as panels over m_t
+    T* x_weights[2];     // W_ih as panels over x_t
+    T* skip_weights[2];  // W_skip as panels over h of the delayed link
+    T* d_layer[2];       // gradient of an inner layer's output
+    T* dropped;          // an inner layer's output after dropout, made anew
+    T* masked;           // of a block of rows, h_{t-1} after recurrent dropout
+    T* zeros;            // a row of zeros, where no initial state was given
+    T* rows;             // scratch of multiply_rows
     int64_t d_h_stride, d_c_stride;
     typename WeightGradient<T>::Buffers product;
 
     Buffers(const BackwardCall& call, int threads, Arena& arena)
-        : chunks(call.time, WeightGradient<T>::kRowsPerBlock, threads),
+        : chunks(call.time, WeightGradient<T>::kRowsPerBlock, threads, call.stack.delay),
           product(widest(call.stack), call.stack.output, call.time.rows, threads, arena) {
       const Stack& s = call.stack;
       const int64_t rows = call.time.rows, batch = call.time.batch;
@@ -102,6 +104,8 @@ class Backward {
             arena.take<T>(Cell::recurrent ? Panels<T>{1, s.output, G * s.hidden}.size() : 0);
         r_weights[dir] = arena.take<T>(s.projected ? Panels<T>{1, s.hidden, s.output}.size() : 0);
         x_weights[dir] = arena.take<T>(Panels<T>{1, widest_input(s), G * s.hidden}.size());
+        skip_weights[dir] =
+            arena.take<T>(s.delay > 0 ? Panels<T>{1, s.output, G * s.hidden}.size() : 0);
       }
       const Panels<T> over_x{1, widest_input(s), 0};
       this->rows =
@@ -145,6 +149,7 @@ class Backward {
     T* d_c;
     const T* h_weights;
     const T* r_weights;
+    const T* skip_weights;
     const T* parameters;                   // (N, hidden)
     const uint8_t* reset;                  // or null
     const uint64_t* seed;                  // or null
@@ -174,6 +179,36 @@ class Backward {
       return reverse ? time.alive(t) : time.alive(next);
     }
 
+    // The step that sees h of step t through the delayed link, and the one whose h step t sees.
+    int64_t delayed(int64_t t) const { return reverse ? t - s.delay : t + s.delay; }
+    int64_t seen(int64_t t) const { return reverse ? t + s.delay : t - s.delay; }
+    // Whether a reset at step t of sample b, or since the step that it sees, hides that one.
+    FASTCELL_INLINE bool hidden_from(int64_t t, int64_t b) const {
+      for (int64_t k = 0; reset && k < s.delay; ++k) {
+        const int64_t at = reverse ? t + k : t - k;
+        if (at < 0 || at >= time.steps) break;
+        if (begins_anew(at, b)) return true;
+      }
+      return false;
+    }
+    // Steps of this direction from step t on.
+    int64_t steps_left(int64_t t) const { return reverse ? t + 1 : time.steps - t; }
+
+    // A caller's h, or its gradient, of the k-th step before the first, or before the end.
+    template <class P>
+    FASTCELL_INLINE P* remembered(P* states, int64_t k, int64_t b) const {
+      return states + (s.remembered_at(k, reverse) * time.all() + time.sample(b)) * s.output;
+    }
+
+    // What the delayed link of step t began with for sample b.
+    const T* h_delayed(int64_t t, int64_t b) const {
+      if (hidden_from(t, b)) return buffers.zeros;
+      const int64_t at = seen(t);
+      if (at >= 0 && at < time.steps) return y + (time.first(at) + b) * y_stride;
+      if (!initial[0]) return buffers.zeros;
+      return remembered(initial[0], reverse ? at - time.steps : -1 - at, b);
+    }
+
     // Whether step t of sample b begins with zeros.
     FASTCELL_INLINE bool begins_anew(int64_t t, int64_t b) const {
       return reset && reset[time.first(t) + b];
@@ -185,7 +220,7 @@ class Backward {
       if (before >= 0 && before < time.steps && b < time.alive(before)) {
         return y + (time.first(before) + b) * y_stride;
       }
-      return initial[0] ? initial[0] + time.sample(b) * s.output : buffers.zeros;
+      return initial[0] ? remembered(initial[0], 0, b) : buffers.zeros;
     }
 
     void begin() {
@@ -206,6 +241,7 @@ class Backward {
     void end() {
       const int64_t first = reverse ? time.steps - 1 : 0;
       begin_gradients(first, 0, time.alive(first));
+      remembered_gradients(first);
       place.sync();
       store_cell_gradients();
       pass_on_gradients();
@@ -215,9 +251,9 @@ class Backward {
       const Range range = part(place.b1 - place.b0, place.index, place.size);
       for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
         const int64_t own = time.sample(b);
+        const T* const last = d_final[0] ? remembered(d_final[0], 0, b) : nullptr;
         for (int64_t j = 0; j < buffers.d_h_stride; ++j) {
-          d_h[b * buffers.d_h_stride + j] =
-              d_final[0] && j < s.output ? d_final[0][own * s.output + j] : T(0);
+          d_h[b * buffers.d_h_stride + j] = last && j < s.output ? last[j] : T(0);
         }
         if constexpr (Cell::states > 1) {
           for (int64_t j = 0; j < buffers.d_c_stride; ++j) {
@@ -261,6 +297,7 @@ class Backward {
         if (factors) multiply_factors(unit, vectors, b + i, to[i]);
         if (begins_anew(t, b + i)) std::memcpy(to[i], zeros, vectors * lanes * sizeof(T));
       }
+      if (s.delay > 0) add_delayed(p, delayed(reverse ? t + 1 : t - 1), b, n, to);
       if (Cell::direct && !s.projected) {
         // Added last: the many small terms of the product are not rounded at its size.
         for (int i = 0; i < n; ++i) {
@@ -269,6 +306,33 @@ class Backward {
             (V::load(to[i] + v * lanes) + carried).store(to[i] + v * lanes);
           }
         }
+      }
+    }
+
+    // Adds what step t gives to the h that it sees through the delayed link.
+    void add_delayed(int64_t p, int64_t t, int64_t b, int n, T* const* to) const {
+      if (t < 0 || t >= time.steps) return;
+      const T* const d_gates_there = d_gates_of(t);
+      const T* a[kRowBlock];
+      T* sums[kRowBlock];
+      int count = 0;
+      for (int i = 0; i < n; ++i) {
+        if (hidden_from(t, b + i)) continue;
+        a[count] = d_gates_there + (b + i) * width(s);
+        sums[count++] = to[i];
+      }
+      if (count == 0) return;
+      multiply_panel<Plain<T>>(a, sums, count, skip_weights + over_h.offset(p), over_h.vectors(p),
+                               G * s.hidden, lanes, nullptr);
+    }
+
+    // With a delay the caller has more than the last h: adds their gradient, k steps before it.
+    FASTCELL_INLINE void add_remembered(int64_t p, int64_t k, int64_t b, T* d_h_row) const {
+      if (!d_final[0] || k >= s.delay) return;
+      const int64_t unit = over_h.first_unit(p);
+      const T* const from = remembered(d_final[0], k, b) + unit;
+      for (int64_t j = 0; j < over_h.vectors(p) * lanes && unit + j < s.output; ++j) {
+        d_h_row[j] += from[j];
       }
     }
 
@@ -306,6 +370,9 @@ class Backward {
           for (int i = 0; i < n; ++i) {
             T* const d_h_row = block + i * vectors * lanes;
             add_output_gradient(p, t, b + i, first + b + i, d_h_row);
+            if (s.delay > 0 && steps_left(t) > 1) {
+              add_remembered(p, steps_left(t) - 1, b + i, d_h_row);
+            }
             if (s.projected) {
               const int64_t unit = over_h.first_unit(p), left = s.output - unit;
               std::memcpy(d_output_now + (b + i) * s.output + unit, d_h_row,
@@ -473,8 +540,28 @@ class Backward {
           const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
           recurrent_product(p, t, b, n, block);
           for (int i = 0; i < n; ++i) {
-            std::memcpy(d_initial[0] + time.sample(b + i) * s.output + unit,
-                        block + i * vectors * lanes,
+            if (s.delay > 0) add_remembered(p, time.steps, b + i, block + i * vectors * lanes);
+            std::memcpy(remembered(d_initial[0], 0, b + i) + unit, block + i * vectors * lanes,
+                        (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
+          }
+        }
+      });
+    }
+
+    // With a delay, of the h before that; `t`: the first step.
+    void remembered_gradients(int64_t t) {
+      if (s.delay == 0 || !d_initial[0]) return;
+      share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+        const int vectors = over_h.vectors(p);
+        const int64_t unit = over_h.first_unit(p), left = s.output - unit;
+        alignas(64) T block[kMaxVectors * lanes];
+        for (int64_t b = b0; b < b1; ++b) {
+          for (int64_t k = 1; k < s.delay; ++k) {
+            T* const sums = block;
+            std::memset(block, 0, sizeof block);
+            add_delayed(p, delayed(reverse ? t + 1 + k : t - 1 - k), b, 1, &sums);
+            add_remembered(p, time.steps + k, b, block);
+            std::memcpy(remembered(d_initial[0], k, b) + unit, block,
                         (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
           }
         }
@@ -607,6 +694,12 @@ class Backward {
               over_x, [&](int64_t k) { return w_ih + k * over_x.units; }, buffers.x_weights[dir],
               part(over_x.count(), team.index, team.size));
         }
+        if (s.delay > 0) {
+          const T* w_skip = weight(dir, s.skip_at());
+          pack_rows(
+              over_h, [&](int64_t k) { return w_skip + k * s.output; }, buffers.skip_weights[dir],
+              part(over_h.count(), team.index, team.size));
+        }
         if (s.projected) {
           const Panels<T> over_m{1, s.hidden, s.output};
           const T* w_hr = weight(dir, s.projection_at());
@@ -638,6 +731,7 @@ class Backward {
                   buffers.d_c[dir],
                   buffers.h_weights[dir],
                   buffers.r_weights[dir],
+                  buffers.skip_weights[dir],
                   N > 0 ? weight(dir, s.parameters_at()) : nullptr,
                   call.extras.reset,
                   call.extras.seed,
@@ -650,7 +744,7 @@ class Backward {
                   Panels<T>{1, s.output, G * s.hidden},
                   Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
       for (int i = 0; i < Cell::states; ++i) {
-        const int64_t at = int64_t(flat(dir)) * time.all() * s.state_size(i);
+        const int64_t at = flat(dir) * s.state_elements(i, time.all());
         d.initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
         d.d_final[i] = call.d_final[i] ? static_cast<const T*>(call.d_final[i]) + at : nullptr;
         d.d_initial[i] = call.d_state[i] ? static_cast<T*>(call.d_state[i]) + at : nullptr;
@@ -784,6 +878,14 @@ class Backward {
             {0, s.output, d_weight(dir, s.projection_at()), nullptr}};
         Gradient::run(d.d_output_of(steps.begin), s.output, time, rows, of_m, of_h, parts, begin,
                       half, buffers.product, team);
+      }
+      if (s.delay > 0) {
+        const auto delayed_row = [&](int64_t t, int64_t b, int64_t) { return d.h_delayed(t, b); };
+        const typename Gradient::template Features<decltype(delayed_row)> of_skip{delayed_row,
+                                                                                  s.output};
+        const typename Gradient::Part parts[] = {{0, G * H, d_weight(dir, s.skip_at()), nullptr}};
+        Gradient::run(d_gates, width, time, rows, of_skip, of_h, parts, begin, half,
+                      buffers.product, team);
       }
       sum_gradients(dir, d_gates, rows.end - rows.begin, begin);
     }

@@ -62,6 +62,7 @@ struct Kernels {
   void (*read)(const float* from, int64_t count, float* sink);
   // Dropout: each element zeroed with that probability, by what the seed draws; the others scaled.
   void (*drop)(DType, const void* from, void* to, int64_t count, uint64_t seed, double probability);
+  uint64_t (*hash)(const void* from, int64_t bytes, uint64_t start);
   const TreeKernels* trees;
   const NormedTable* normed;
 };

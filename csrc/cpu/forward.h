@@ -19,8 +19,8 @@ template <class T, class Cell, class Precision>
 struct PackedDirection {
   using Element = typename Precision::Element;
 
-  Panels<T> x, h, second, r;  // depths in groups
-  Element *x_weights, *h_weights, *second_weights, *r_weights;
+  Panels<T> x, h, second, r, skip;  // depths in groups
+  Element *x_weights, *h_weights, *second_weights, *r_weights, *skip_weights;
   T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
   T *x_scales, *h_scales, *r_scales;  // [block][slot][lane], where the precision has them
@@ -31,11 +31,13 @@ struct PackedDirection {
         h{Cell::gates - Cell::second, s.hidden, Cell::recurrent ? groups(s.output) : 0,
           x.blocks_each()},
         second{1, Cell::second > 0 ? s.hidden : 0, groups(s.output)},
-        r{1, s.projected ? s.output : 0, groups(s.hidden)} {
+        r{1, s.projected ? s.output : 0, groups(s.hidden)},
+        skip{Cell::gates, s.hidden, s.delay > 0 ? groups(s.output) : 0} {
     x_weights = arena.take<Element>(x.size() * Precision::group);
     h_weights = arena.take<Element>(h.size() * Precision::group);
     second_weights = arena.take<Element>(second.size() * Precision::group);
     r_weights = arena.take<Element>(r.size() * Precision::group);
+    skip_weights = arena.take<Element>(skip.size() * Precision::group);
     x_bias = arena.take<T>(x.padded_units() * Cell::gates);
     h_bias = arena.take<T>(x.padded_units() * Cell::apart);
     const int64_t scaled = Precision::scaled;
@@ -107,6 +109,7 @@ struct Packing {
           pack(to.second, own, s.output, to.second_weights, 0);
         }
         if (s.projected) pack(to.r, weights[s.projection_at()], s.hidden, to.r_weights, 0);
+        if (s.delay > 0) pack(to.skip, weights[s.skip_at()], s.output, to.skip_weights, first);
         if (team.index > 0) continue;
         pack_bias(s, weights, to);
         if constexpr (Cell::parameters > 0) pack_parameters(s, weights[s.parameters_at()], to);
@@ -194,6 +197,7 @@ class Forward {
         Forward one(call, buffers, team, place, weights, x, layer, dir);
         one.load_initial_states();
         one.run_steps(0, call.time.steps);
+        one.store_remembered();
       }
       team.sync();
     }
@@ -232,11 +236,11 @@ class Forward {
     T* dropped;          // an inner layer's output after dropout
     // One for each that may run at the same time: for each direction, or for each layer.
     T* sums;        // [panel][row]: begun with the projections of one chunk
-    T* h;           // double-buffered: (B, padded output)
+    T* h;           // of two steps in turn, or of as many as are remembered: (B, padded output)
     T* c;           // (B, padded hidden) of the states behind h
     T* m;           // (B, padded hidden): what the projection, or the second product, takes
     T* first_part;  // (B, gates, padded hidden): what the second part of a step needs of the first
-    int64_t sums_size, h_size, c_size, m_size, first_size;
+    int64_t sums_size, h_size, ring, c_size, m_size, first_size;
     char* x_rows;   // per thread: rows made ready for the product, of one chunk or step
     char* h_rows;   // per thread: (B, .) of h or m
     T* masked;      // per thread: (B, padded output) of h after recurrent dropout
@@ -269,7 +273,8 @@ class Forward {
       m_size = s.projected || Cell::second > 0 ? time.batch * c_stride : 0;
       first_size = Cell::second > 0 ? time.batch * G * c_stride : 0;
       sums = arena.take<T>(at_once * sums_size);
-      h = arena.take<T>(runs * 2 * h_size);
+      ring = s.remembered() + 1;
+      h = arena.take<T>(runs * ring * h_size);
       c = arena.take<T>(runs * c_size);
       m = arena.take<T>(runs * m_size);
       first_part = arena.take<T>(runs * first_size);
@@ -332,6 +337,7 @@ class Forward {
         Forward one(call, buffers, team, place, weights, x, layer, 0);
         if (done == 0) one.load_initial_states();
         one.run_steps(done, end);
+        if (end == steps) one.store_remembered();
         place.sync();
       }
       if (place.index == 0) advance_to(counters[place.layer_group], int(end));
@@ -356,7 +362,8 @@ class Forward {
   T* kept_states;       // or null
   int64_t kept_stride;  // of its rows
   T* kept_cell_output;  // or null
-  T* h[2];
+  T* const h;
+  const int64_t h_size, ring;
   T* c;
   T* m;
   T* first_part;
@@ -395,8 +402,9 @@ class Forward {
         y_stride(call.stack.directions * call.stack.output),
         sums(buffers.sums + (place.layer_groups > 1 ? place.layer_group : dir) * buffers.sums_size),
         sums_first(0),
-        h{buffers.h + 2 * run(call, layer, dir) * buffers.h_size,
-          buffers.h + (2 * run(call, layer, dir) + 1) * buffers.h_size},
+        h(buffers.h + buffers.ring * run(call, layer, dir) * buffers.h_size),
+        h_size(buffers.h_size),
+        ring(buffers.ring),
         c(buffers.c + run(call, layer, dir) * buffers.c_size),
         m(buffers.m + run(call, layer, dir) * buffers.m_size),
         first_part(buffers.first_part + run(call, layer, dir) * buffers.first_size),
@@ -429,7 +437,7 @@ class Forward {
                            : nullptr;
     const int index = layer * s.directions + dir;
     for (int i = 0; i < Cell::states; ++i) {
-      const int64_t at = int64_t(index) * time.all() * s.state_size(i);
+      const int64_t at = index * s.state_elements(i, time.all());
       initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;
       final_state[i] = static_cast<T*>(call.final_state[i]) + at;
       state_keys[i] = seed ? noise::state_key(*seed, noise::Bits(index), noise::Bits(i)) : 0;
@@ -526,6 +534,32 @@ class Forward {
     return reinterpret_cast<const Element*>(h_rows + b * h_bytes + Precision::head);
   }
 
+  // h before step i of this direction; of 1 - remembered() and more those that the caller gave.
+  FASTCELL_INLINE T* h_at(int64_t i) const {
+    return h + (ring == 2 ? i & 1 : (i + ring) % ring) * h_size;
+  }
+
+  // What the delayed link of step t begins with for sample b: h, unless a reset came between.
+  FASTCELL_INLINE const T* delayed_operand(const T* rows, int64_t t, int64_t b) const {
+    for (int64_t k = 0; reset && k < s.delay; ++k) {
+      const int64_t at = reverse ? t + k : t - k;
+      if (at < 0 || at >= time.steps) break;
+      if (begins_anew(time.first(at) + b)) return zeros;
+    }
+    return rows + b * h_stride;
+  }
+
+  // Adds the delayed link's terms to sums that the input's have begun.
+  FASTCELL_INLINE void add_delayed(int64_t p, int64_t t, int64_t b, int n, T* const* to,
+                                   const T* h_delayed) const {
+    if constexpr (!Precision::prepared) {
+      const Element* a[kRowBlock];
+      for (int i = 0; i < n; ++i) a[i] = delayed_operand(h_delayed, t, b + i);
+      Precision::multiply(a, to, n, Packed::panel(w.skip, w.skip_weights, p), nullptr,
+                          w.skip.vectors(p), w.skip.depth, nullptr);
+    }
+  }
+
   // The steps [begin, end) of the time loop, in its direction.
   void run_steps(int64_t begin, int64_t end) {
     for (int64_t done = begin, next; done < end; done = next) {
@@ -537,15 +571,15 @@ class Forward {
       if (hoisted) project(t0, t1);
       for (int64_t i = done; i < next; ++i) {
         const int64_t t = reverse ? time.steps - 1 - i : i;
-        T* const after = h[(i + 1) % 2];
-        step(t, h[i % 2], after, i % 2 != 0);
+        T *const before = h_at(i), *const after = h_at(i + 1);
+        step(t, before, after, s.delay > 0 ? h_at(i + 1 - s.delay) : nullptr, i % 2 != 0);
         place.sync();
         if (s.projected) {
           project_output(t, after);
           place.sync();
         }
         if constexpr (Cell::second > 0) {
-          second_part(t, h[i % 2], after);
+          second_part(t, before, after);
           place.sync();
         }
       }
@@ -563,8 +597,13 @@ class Forward {
     const Range range = part(place.b1 - place.b0, place.index, place.size);
     for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
       const int64_t own = time.sample(b);
-      load_row(initial[0], own, s.output, h[0] + b * h_stride, h_stride);
-      load_row(initial[0], own, s.output, h[1] + b * h_stride, h_stride);
+      for (int64_t k = 0; k < s.remembered(); ++k) {
+        const int64_t at = s.remembered_at(k, reverse) * time.all() + own;
+        load_row(initial[0], at, s.output, h_at(-k) + b * h_stride, h_stride);
+      }
+      // Of a ragged batch in reverse, what a sample begins with waits in both for its last step.
+      load_row(initial[0], s.remembered_at(0, reverse) * time.all() + own, s.output,
+               h_at(1) + b * h_stride, h_stride);
       if constexpr (Cell::states > 1) {
         load_row(initial[1], own, s.hidden, c + b * c_stride, c_stride);
       }
@@ -579,6 +618,19 @@ class Forward {
       }
     }
     place.sync();
+  }
+
+  // With a delay: h of the last steps, for the caller.
+  void store_remembered() const {
+    if (s.delay == 0) return;
+    const Range range = part(place.b1 - place.b0, place.index, place.size);
+    for (int64_t k = 0; k < s.delay; ++k) {
+      T* const to = final_state[0] + s.remembered_at(k, reverse) * time.batch * s.output;
+      const T* const from = h_at(time.steps - k);
+      for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
+        std::memcpy(to + b * s.output, from + b * h_stride, s.output * sizeof(T));
+      }
+    }
   }
 
   Share share() const {
@@ -671,7 +723,8 @@ class Forward {
   }
 
   // A step of one sample, whose sums are begun.
-  void step_one(const Rows& rows, const T* h_before, T* h_after, bool backwards) {
+  void step_one(const Rows& rows, const T* h_before, T* h_after, const T* h_delayed,
+                bool backwards) {
     const int64_t r = rows.first + rows.b;
     const Element* const a = h_row(h_before, rows.b, r);
     for_panels(backwards, [&](int64_t p, int n) {
@@ -680,6 +733,9 @@ class Forward {
       for (int i = 0; i < n; ++i) {
         sums[i] = sums_row(p + i, r);
         to[i] = sums[i] + A * lanes;
+      }
+      if (s.delay > 0) {
+        for (int i = 0; i < n; ++i) add_delayed(p + i, rows.t, rows.b, 1, sums + i, h_delayed);
       }
       if constexpr (Cell::recurrent) {
         Precision::multiply_one(a, to, n, Packed::panel(w.h, w.h_weights, p),
@@ -703,7 +759,7 @@ class Forward {
     }
   }
 
-  void step(int64_t t, const T* h_before, T* h_after, bool backwards) {
+  void step(int64_t t, const T* h_before, T* h_after, const T* h_delayed, bool backwards) {
     const int64_t alive = time.alive(t), first = time.first(t), alive_next = going_on(t);
     const Share share = this->share();
     int64_t panels_done = 0;
@@ -711,7 +767,8 @@ class Forward {
     prepare_h(h_before, first, alive);
     if (hoisted && one_sample()) {
       const int64_t b = place.b0;
-      if (b < alive) step_one({b, 1, t, first, alive_next}, h_before, h_after, backwards);
+      if (b < alive)
+        step_one({b, 1, t, first, alive_next}, h_before, h_after, h_delayed, backwards);
       return;
     }
     share.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
@@ -732,6 +789,7 @@ class Forward {
           }
           begin_sums(p, a, to, n);
         }
+        if (s.delay > 0) add_delayed(p, t, b, n, to, h_delayed);
         T* const sums_begin = to[0];
         for (int i = 0; i < n; ++i) {
           a[i] = h_row(h_before, b + i, first + b + i);
@@ -812,7 +870,9 @@ class Forward {
     } else {
       state[0].store(h_after + b * h_stride + unit);
       store_output(t, b, r, unit, state[0], valid);
-      if (last) store_first(final_state[0] + time.sample(b) * s.hidden + unit, state[0], valid);
+      if (last && s.delay == 0) {
+        store_first(final_state[0] + time.sample(b) * s.hidden + unit, state[0], valid);
+      }
     }
   }
 
@@ -913,7 +973,7 @@ class Forward {
             const int valid = left < lanes ? int(left) : lanes;
             const V value = V::load(to[i] + v * lanes);
             store_output(t, b + i, first + b + i, at, value, valid);
-            if (b + i >= alive_next) {
+            if (b + i >= alive_next && s.delay == 0) {
               store_first(final_state[0] + time.sample(b + i) * s.output + at, value, valid);
             }
           }

@@ -10,6 +10,7 @@
 #include "backward.h"
 #include "engine.h"
 #include "forward.h"
+#include "hash.h"
 #include "measure.h"
 #include "reservoir_call.h"
 
@@ -145,6 +146,7 @@ const Kernels table = {
     run_fma,
     read_array,
     drop,
+    hash_bytes,
     &tree_table,
     &normed_table,
 };

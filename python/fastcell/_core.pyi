@@ -83,10 +83,12 @@ class Stack:
         directions: int,
         bias: bool,
         options: Sequence[Any],
+        delay: int = 0,
     ) -> None:
         """``cell``: a key of ``fastcell.cells.CELLS``; ``proj``: 0 for no projection.
 
-        ``options``: ``fastcell.cells.Options``.
+        ``options``: ``fastcell.cells.Options``; ``delay``: of a link to h of so many steps before,
+        besides the one of length one; 0 for none.
 
         ``dtype``: ``"float32"`` or ``"float64"``; ``products``: as in ``fastcell.plan.Config``.
 

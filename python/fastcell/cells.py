@@ -152,26 +152,34 @@ def with_options(cell: str, options: Options) -> str:
         return cell
     if not cell.endswith("_general") and f"{cell}_general" in CELLS:
         cell += "_general"
-    named = f"{cell}[{','.join(map(str, options))}]"
+    return _made(f"{cell}[{','.join(map(str, options))}]")
+
+
+def with_delay(cell: str, delay: int) -> str:
+    """The name of a cell that sees h of ``delay`` (2 or more) steps before, besides the last."""
+    return _made(f"{cell}~{delay}")
+
+
+# Names that were made here: no cache of functools, which Dynamo warns of.
+_known: dict[str, tuple[CellSpec, Options, int]] = {}
+
+
+def _made(cell: str) -> str:
     if len(_known) < 256:
-        _known[named] = CELLS[cell], options
-    return named
+        _known[cell] = _parsed(cell)
+    return cell
 
 
-# Names with options that were made here: no cache of functools, which Dynamo warns of.
-_known: dict[str, tuple[CellSpec, Options]] = {}
-
-
-def _parsed(cell: str) -> tuple[CellSpec, Options]:
+def _parsed(cell: str) -> tuple[CellSpec, Options, int]:
     if cell in _known:
         return _known[cell]
-    name, bracket, options = cell.partition("[")
+    plain, _, delay = cell.partition("~")
+    name, bracket, options = plain.partition("[")
     parts = options.removesuffix("]").split(",")
     if name not in CELLS or (bracket and len(parts) != len(Options._fields)):
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    if not bracket:
-        return CELLS[name], _PLAIN
-    return CELLS[name], Options(parts[0], parts[1], *map(float, parts[2:]))
+    chosen = Options(parts[0], parts[1], *map(float, parts[2:])) if bracket else _PLAIN
+    return CELLS[name], chosen, int(delay or 0)
 
 
 def spec_of(cell: str) -> CellSpec:
@@ -182,6 +190,16 @@ def spec_of(cell: str) -> CellSpec:
 def options_of(cell: str) -> Options:
     """The options in a cell's name."""
     return _PLAIN if cell in CELLS else _parsed(cell)[1]
+
+
+def delay_of(cell: str) -> int:
+    """Steps of the link besides the one of length one; 0: there is none."""
+    return 0 if cell in CELLS else _parsed(cell)[2]
+
+
+def remembered_of(cell: str) -> int:
+    """Steps whose h a layer begins with and leaves: its first state has so many times the batch."""
+    return delay_of(cell) or 1
 
 
 # How torch.nn's layers name their cell, in the attribute ``mode``.

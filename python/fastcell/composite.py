@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from . import noise
 from .autocast import without_autocast
-from .cells import Options, options_of, spec_of, weights_per_direction
+from .cells import Options, delay_of, options_of, remembered_of, spec_of, weights_per_direction
 from .plan import Config, Extras
 
 States = tuple[Tensor, ...]
@@ -120,6 +120,7 @@ class Part(NamedTuple):
     w_hr: Tensor | None
     parameters: Tensor | None
     extras: Extras
+    w_skip: Tensor | None = None  # of the link to h of ``delay_of(cell)`` steps before
 
 
 def _seen(part: Part, h: Tensor) -> Tensor:
@@ -175,6 +176,8 @@ def _direction(
     ``lengths``: instead, all rows are there, and each sample's steps are as many. ``cells``: to be
     appended c of all rows.
     """
+    if part.w_skip is not None:
+        return _delayed_direction(part, projected, state, reverse, cells)
     steps = len(projected)
     alive = [p.shape[0] for p in projected]
     first = [0, *accumulate(alive)]
@@ -206,6 +209,43 @@ def _direction(
     return torch.cat(outputs), state
 
 
+def _delayed_direction(
+    part: Part,
+    projected: Sequence[Tensor],
+    state: States,
+    reverse: bool,
+    cells: list[Tensor] | None,
+) -> tuple[Tensor, States]:
+    """``_direction`` with h of d steps before as input too; all samples have all steps."""
+    assert part.w_skip is not None
+    d, batch, steps = delay_of(part.cell), projected[0].shape[0], len(projected)
+    reset = None if part.extras.reset is None else part.extras.reset.reshape(steps, batch, 1)
+    past = list(state[0].view(d, batch, -1).unbind(0))
+    if reverse:  # the nearest first
+        past.reverse()
+    rest = state[1:]
+    outputs: list[Tensor] = [projected[0]] * steps
+    seconds: list[Tensor] = [projected[0]] * steps
+    lately: list[Tensor] = []  # resets of the last d steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        current, delayed = (past[-1], *rest), past[-d]
+        if reset is not None:
+            lately = [*lately, reset[t]][-d:]
+            current = tuple(s.masked_fill(reset[t], 0) for s in current)
+            delayed = delayed.masked_fill(torch.stack(lately).any(0), 0)
+        new = cell_step(part, projected[t] + linear(delayed, part.w_skip), current)
+        new = _zoned(part, t * batch, current, new)
+        if part.w_hr is not None:
+            new = (linear(new[0], part.w_hr), *new[1:])
+        outputs[t], seconds[t] = new[0], new[-1]
+        past, rest = [*past[1:], new[0]], new[1:]
+    if cells is not None:
+        cells.append(torch.cat(seconds))
+    if reverse:
+        past.reverse()
+    return torch.cat(outputs), (torch.cat(past), *rest)
+
+
 def zero_states(
     config: Config, input: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> list[Tensor]:
@@ -218,7 +258,8 @@ def zero_states(
     spec = spec_of(config.cell)
     count = config.num_layers * (2 if config.bidirectional else 1)
     sizes = (weights[1].shape[1], weights[0].shape[0] // spec.gates)[: spec.states]
-    return [input.new_zeros((count, batch, size)) for size in sizes]
+    rows = (remembered_of(config.cell) * batch, batch)
+    return [input.new_zeros((count, n, size)) for n, size in zip(rows, sizes, strict=False)]
 
 
 def sequence(
@@ -256,7 +297,9 @@ def _sequence(
     directions = 2 if config.bidirectional else 1
     width = len(weights) // (num_layers * directions)
     parameters = spec_of(config.cell).rows
-    has_projection = width > weights_per_direction(bias, False, parameters=parameters)
+    plain = weights_per_direction(bias, False, parameters=parameters)
+    delay = delay_of(config.cell)
+    has_projection = width > plain + (delay > 0)
     lengths = None
     if batch_sizes is not None and input.dim() == 3:
         lengths, batch_sizes = batch_sizes, None
@@ -280,6 +323,9 @@ def _sequence(
         for direction in range(directions):
             k = layer * directions + direction
             w = weights[k * width : (k + 1) * width]
+            w_skip = None
+            if delay:
+                *w, w_skip = w
             b_ih, b_hh = (w[2], w[3]) if bias else (None, None)
             out, final = _direction(
                 Part(
@@ -290,6 +336,7 @@ def _sequence(
                     w[2 + 2 * bias] if has_projection else None,
                     w[-1] if parameters else None,
                     extras,
+                    w_skip,
                 ),
                 linear(rows, w[0], b_ih).split(alive),  # type: ignore[no-untyped-call]
                 tuple(h[k] for h in hx),

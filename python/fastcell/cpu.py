@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .cells import spec_of
+from .cells import remembered_of, spec_of
 from .packing import dense, packed_weights
 from .plan import NO_EXTRAS, Config, Extras, bound_stack, plan_for, plan_for_symbolic
 
@@ -166,7 +166,7 @@ def forward(
     if storage != "same":
         like = x.new_empty(0, dtype=torch.float32)
         hx = None if hx is None else [h.float() for h in hx]
-    h_final = _new(like, count, samples, sizes[0])
+    h_final = _new(like, count, samples * remembered_of(config.cell), sizes[0])
     c_final = _new(like, count, samples, sizes[1]) if len(sizes) > 1 else None
     reserve = None
     if keep:

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from . import ops
+from .cells import spec_of, with_delay
+from .checks import check_tensors
 from .functional import Sequences, Sizes, States, checked_reset, refuse_sizes, run_stack
 from .layer_states import run_all
 from .ragged import checked_lengths
-from .skip import run_beside, run_delayed
+from .skip import gone, run_beside, run_delayed
 
 if TYPE_CHECKING:
     from .layer import Layer
+
+# (Dynamo does not know what a dataclass's fields are.)
+_SIZES = [field.name for field in fields(Sizes)]
 
 
 def run_skipping(
@@ -37,7 +43,7 @@ def run_skipping(
         raise ValueError("with skip, reset goes with one direction")
     if input.dim() not in (2, 3):
         raise ValueError(f"Expected input to be 2D or 3D, got {input.dim()}D")
-    sizes = Sizes(**{field.name: getattr(layer, field.name) for field in fields(Sizes)})
+    sizes = Sizes(*[getattr(layer, name) for name in _SIZES])
     sizes.batch_first = False
     batched = input.dim() == 3
     # Time first, with a batch.
@@ -62,10 +68,10 @@ def run_skipping(
         return cast(tuple[Tensor, States], found)
 
     if layer.skip_beside and every is not None:
-        raise ValueError("return_states does not go with skip_beside, which runs block by block")
+        raise ValueError("return_states does not go with skip_beside")
     if layer.skip_beside:
         if lengths is not None:
-            raise ValueError("lengths do not go with skip_beside, which runs block by block")
+            raise ValueError("lengths do not go with skip_beside")
         rows = None if reset is None else timed(checked_reset(reset, input, False))
         output, states = _run_beside(layer, cell, timed(input), states, rows, weights, sizes)
         return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
@@ -83,6 +89,37 @@ def run_skipping(
     return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
 
 
+def _run_delayed(
+    layer: Layer,
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    reset: Tensor | None,
+    weights: list[Tensor],
+) -> tuple[Tensor, States]:
+    """By the kernels of cells with a delay; ``states`` as ``skip.py`` has them."""
+    d, directions = layer.skip, 2 if layer.bidirectional else 1
+    steps, batch, features = input.shape
+    if features != layer.input_size:
+        raise RuntimeError(f"Expected input with {layer.input_size} features, got {features}")
+    each = len(weights) // (layer.num_layers * directions)
+    own = [w for i, w in enumerate(weights) if i % each < each - 1]
+    check_tensors(
+        input, [*(states or ()), *weights[each - 1 :: each]], own, steps, spec_of(cell),
+        layer.input_size, layer.hidden_size, layer.proj_size, layer.num_layers, directions,
+        layer.bias,
+    )  # fmt: skip
+    output, (h, *rest) = ops.sequence(
+        with_delay(cell, d), input, states, weights, None, num_layers=layer.num_layers,
+        bidirectional=layer.bidirectional, bias=layer.bias, batch_first=False,
+        dropout=layer.dropout, training=layer.training,
+        recurrent_dropout=layer.recurrent_dropout, reset=reset,
+    )  # fmt: skip
+    if reset is not None:
+        h = h.masked_fill(gone(reset, d, torch.full((batch,), steps, device=reset.device)), 0)
+    return output, (h, *rest)
+
+
 def _run_beside(
     layer: Layer,
     cell: str,
@@ -92,7 +129,9 @@ def _run_beside(
     weights: list[Tensor],
     sizes: Sizes,
 ) -> tuple[Tensor, States]:
-    """The same with h_{t-1} besides: layer by layer, direction by direction."""
+    """The same with h_{t-1} besides: by kernels of their own on a CPU, elsewhere block by block,
+    layer by layer, direction by direction.
+    """
     d, directions, output = layer.skip, 2 if layer.bidirectional else 1, layer.output_size()
     count, each = layer.num_layers * directions, len(weights) // (layer.num_layers * directions)
     batch = input.shape[1]
@@ -100,6 +139,8 @@ def _run_beside(
     for name, state, shape in zip(("h_0", "c_0"), states or (), shapes, strict=False):
         if tuple(state.shape) != shape:
             raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(state.shape)}")
+    if input.is_cpu and not sizes.recompute:
+        return _run_delayed(layer, cell, input, states, reset, weights)
     one = replace(sizes, num_layers=1, bidirectional=False, dropout=0.0)
     pasts, finals = [], []
     outputs: list[Tensor] = []

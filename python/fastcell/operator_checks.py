@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cells import delay_of
 from .engines import engine_of
-from .plan import Config, Extras, plan_for
+from .plan import Config, Extras, plan_for, state_shapes
 
 
 def _extent(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
@@ -54,6 +55,8 @@ def check(
     if batch_sizes is not None and x.dim() == 3:
         _check_lengths(x, batch_sizes, config.batch_first)
         packed = False
+    if batch_sizes is not None and delay_of(config.cell):
+        raise RuntimeError("a delay goes with padded batches without lengths")
     if x.dim() != (2 if packed else 3):
         raise RuntimeError(
             f"fastcell takes {'packed (rows, I)' if packed else '3-dimensional'} input, "
@@ -66,7 +69,7 @@ def check(
     if steps < 1:
         raise RuntimeError(f"fastcell takes at least one time step, got shape {tuple(x.shape)}")
     if hx:
-        expected = [(plan.stacked, batch, size) for size in plan.state_sizes]
+        expected = state_shapes(config, plan, batch)
         given = [tuple(h.shape) for h in hx]
         if given != expected:
             raise RuntimeError(f"initial states must have shapes {expected}, got {given}")
@@ -122,7 +125,7 @@ def check_backward(
             f"{kept.dtype}, got shape {tuple(reserve.shape)} of {reserve.dtype} on "
             f"{reserve.device}"
         )
-    expected = [shape, *[(plan.stacked, batch, size) for size in plan.state_sizes]]
+    expected = [shape, *state_shapes(config, plan, batch)]
     grads = [grad_output, *grad_states]
     shapes = [None if g is None else tuple(g.shape) for g in grads]
     if len(grads) != len(expected) or any(

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import operator_checks
 from .engines import engine_of
-from .plan import EXTRAS_SCHEMA, Config, Extras, plan_for_symbolic
+from .plan import EXTRAS_SCHEMA, Config, Extras, plan_for_symbolic, state_shapes
 
 PLAIN = (Tensor, Parameter)
 DEVICES = ("cpu", "cuda")  # whose memory the kernels can read
@@ -158,10 +158,10 @@ def _(
         states = [h.new_empty(h.shape) for h in hx]
     elif input.dim() == 3:
         batch: int | torch.SymInt = input.shape[0 if batch_first else 1]
-        states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
+        states = [input.new_empty(shape) for shape in state_shapes(config, plan, batch)]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
-        states = [input.new_empty((plan.stacked, batch, size)) for size in plan.state_sizes]
+        states = [input.new_empty(shape) for shape in state_shapes(config, plan, batch)]
     if not keep:
         return output, states, input.new_empty(0)
     return output, states, engine_of(input).new_reserve(config, input, weights, rows)

@@ -36,7 +36,7 @@ from . import (
 from . import recompute as segments
 from .all_states import layer_with_cells
 from .autograd import differentiable
-from .cells import NARROW_CELLS, options_of, spec_of
+from .cells import NARROW_CELLS, options_of, remembered_of, spec_of
 from .engines import engine_of, why_no_kernels
 from .normed import engine as normed_engine
 from .normed import split as split_norms
@@ -479,7 +479,8 @@ def _recurrent_masks(
     probability: float,
 ) -> Tensor:
     """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
-    shape = next(h.shape for h in composite.zero_states(config, input, weights, batch_sizes))
+    h, *_ = composite.zero_states(config, input, weights, batch_sizes)
+    shape = (h.shape[0], h.shape[1] // remembered_of(config.cell), h.shape[2])
     ones = input.new_ones(shape, dtype=_factors_dtype(input))
     return torch.nn.functional.dropout(ones, probability)
 

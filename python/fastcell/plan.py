@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .cells import options_of, spec_of, weights_per_direction
+from .cells import delay_of, options_of, remembered_of, spec_of, weights_per_direction
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -84,11 +84,17 @@ def _plan(config: Config, float64: bool, input_size: int, shapes: Shapes) -> Pla
     spec = spec_of(config.cell)
     stack = _core.Stack(
         spec.name, "float64" if float64 else "float32", config.products, input_size, hidden, proj,
-        config.num_layers, directions, config.bias, options_of(config.cell),
+        config.num_layers, directions, config.bias, options_of(config.cell), delay_of(config.cell),
     )  # fmt: skip
     output = proj or hidden
     sizes = (output, hidden)[: spec.states]
     return Plan(stack, config.num_layers * directions, directions * output, sizes)
+
+
+def state_shapes(config: Config, plan: Plan, batch: Any) -> list[tuple[Any, ...]]:
+    """Of the states of a call; ``batch`` may be a symbol."""
+    rows = (remembered_of(config.cell) * batch, batch)
+    return [(plan.stacked, n, size) for n, size in zip(rows, plan.state_sizes, strict=False)]
 
 
 def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int, int]:
@@ -99,8 +105,9 @@ def _checked_sizes(config: Config, input_size: int, shapes: Shapes) -> tuple[int
     directions = 2 if config.bidirectional else 1
     quantized = config.products == "int8"
     rows = spec.rows
-    plain = weights_per_direction(config.bias, False, quantized, rows)
-    projected = weights_per_direction(config.bias, True, quantized, rows)
+    more = delay_of(config.cell) > 0
+    plain = weights_per_direction(config.bias, False, quantized, rows) + more
+    projected = weights_per_direction(config.bias, True, quantized, rows) + more
     each, rest = divmod(len(shapes), config.num_layers * directions)
     if rest or (each != plain and not (each == projected and spec.projection)):
         raise ValueError(
@@ -144,5 +151,7 @@ def _expected_shapes(
             one += [(parameters, hidden)]
         if config.products == "int8":
             one += [(gates,), (gates,), *([(output,)] if proj else [])]
+        if delay_of(config.cell):
+            one += [(gates, output)]
         shapes += one * directions
     return shapes

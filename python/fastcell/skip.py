@@ -4,8 +4,9 @@ In place of it, the steps t, t + d, t + 2d, ... are a sequence of their own, for
 the layer runs on a batch d times as large and a sequence d times as short, which is the same memory
 in the same order, and the kernels have more rows at once.
 
-Beside it, a block of d steps sees nothing of itself through the delay: there h_{t-d} is known from
-the block before, and is input. So a layer runs block by block on [x_t, h_{t-d}].
+Beside it, on a CPU, is a third product in each step (``cells.with_delay``). Elsewhere: a block of d
+steps sees nothing of itself through the delay: there h_{t-d} is known from the block before, and is
+input. So a layer runs block by block on [x_t, h_{t-d}].
 
 Sources: T. Lin et al., "Learning long-term dependencies in NARX recurrent neural networks", IEEE
 Trans. Neural Networks 7 (1996); S. Chang et al., "Dilated recurrent neural networks", NIPS (2017).
@@ -47,7 +48,7 @@ def run_delayed(
     if lengths is not None or steps % d:
         own = ((ends + d - 1 - phase[:, None]) // d).clamp(min=0).reshape(d * batch)
     input = _phases(input, d, count)
-    gone = None if reset is None else _gone(reset, d, ends.to(reset.device))
+    cleared = None if reset is None else gone(reset, d, ends.to(reset.device))
     if reset is not None:  # the first step of each phase from there on
         reset = _phases(_lately(reset, d), d, count)
     # State j of sample b is phase (end_b + j) % d where a pass meets the sample's end.
@@ -60,7 +61,7 @@ def run_delayed(
     output, finals = run(input, states, own, reset)
     output = output.reshape(count * d, batch, output.shape[-1])[:steps]
     states = tuple([_at_the_end(s, order, directions, 0, False) for s in finals])
-    return output, states if gone is None else tuple([s.masked_fill(gone, 0) for s in states])
+    return output, states if cleared is None else tuple([s.masked_fill(cleared, 0) for s in states])
 
 
 def _lately(reset: Tensor, d: int) -> Tensor:
@@ -70,7 +71,7 @@ def _lately(reset: Tensor, d: int) -> Tensor:
     return torch.stack(shifted).any(0)
 
 
-def _gone(reset: Tensor, d: int, ends: Tensor) -> Tensor:
+def gone(reset: Tensor, d: int, ends: Tensor) -> Tensor:
     """(d*B, 1): which of the states of the last d steps are from before the last reset."""
     times = torch.arange(reset.shape[0], device=reset.device)[:, None]
     last = torch.where(reset & (times < ends), times, -d - 1).amax(0)
@@ -128,6 +129,6 @@ def run_beside(
         before = torch.cat((before[output.shape[0] :], output))
     if reset is not None:
         ends = torch.full((batch,), steps, device=reset.device)
-        before = before.masked_fill(_gone(reset, d, ends).view(d, batch, 1), 0)
+        before = before.masked_fill(gone(reset, d, ends).view(d, batch, 1), 0)
     assert states is not None
     return torch.cat(outputs), before, states

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import spec_of
+from .cells import delay_of, spec_of
 from .plan import Config
 
 Dims = Sequence[Any]
@@ -42,7 +42,7 @@ def forward(
     axes = (*_EXTRAS, axis, *[1] * state_count)  # where the batch is, of all that has one
     dims = in_dims[3:]
     weights_mapped = any([d is not None for d in dims[len(axes) :]])
-    if batch_sizes is not None or weights_mapped or not _foldable(dims):
+    if batch_sizes is not None or weights_mapped or delay_of(config.cell) or not _foldable(dims):
         return _one_by_one(call, size, in_dims, args)
     folded = [
         t if a is None else _fold(t, d, size, a)
@@ -73,7 +73,8 @@ def backward(
     """
     args = (config, state_count, needs, batch_sizes, *tensors)
     dims, kept = in_dims[4:], len(_EXTRAS)
-    if dims[kept + 1] is not None or dims[kept] is None:  # kept for each element, or none is mapped
+    # Kept for each element, or none is mapped.
+    if dims[kept + 1] is not None or dims[kept] is None or delay_of(config.cell):
         return _one_by_one(call, size, in_dims, args)
     grads = 1 + spec_of(config.cell).states
     axis = 0 if config.batch_first else 1
