@@ -115,6 +115,7 @@ class BoundStack {
       throw std::invalid_argument(
           "a stack needs input >= 0, hidden > 0, layers > 0, directions 1 or 2");
     }
+    packed_bytes_ = kernels_.packed_bytes(stack_);
   }
 
   // A tensor of the caller's: rows alone where there are offsets and no padding.
@@ -124,7 +125,7 @@ class BoundStack {
   }
 
   int64_t item_size() const { return stack_.dtype == DType::kFloat32 ? 4 : 8; }
-  int64_t packed_bytes() const { return kernels_.packed_bytes(stack_); }
+  int64_t packed_bytes() const { return packed_bytes_; }
   int64_t reserve_row_elements() const {
     return ReserveLayout(stack_, kernels_.saved, kernels_.states).row_elements;
   }
@@ -244,7 +245,7 @@ class BoundStack {
 
   void run(const ForwardCall& call) const {
     // A call that is over before another thread could take the interpreter's lock keeps it.
-    const bool brief = call.schedule.threads() == 1 && call.time.rows * packed_bytes() <= 1 << 18;
+    const bool brief = call.schedule.threads() == 1 && call.time.rows * packed_bytes_ <= 1 << 18;
     launch(call, kernels_.forward, !brief);
   }
 
@@ -310,6 +311,7 @@ class BoundStack {
 
   Stack stack_;
   CellKernels kernels_;
+  int64_t packed_bytes_ = 0;
   Schedule forced_{};
 };
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcell
 from fastcell import composite
@@ -156,8 +158,50 @@ def test_compiled_for_any_lengths_in_one_graph():
         ours, theirs = (torch.autograd.grad(y.square().sum(), x) for y in (found, wanted))
         assert torch.equal(ours[0], theirs[0])
     assert counter.frame_count == 1
-    with pytest.raises(RuntimeError, match="from 0 to 5 steps, got 1 to 6"):
+    with pytest.raises(ValueError, match="from 0 to 5 steps, got 1 to 6"):
         compiled(x, torch.tensor([1, 6, 2]))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda t, **_: t.as_subclass(Kept)])
+def test_lengths_of_another_class_are_looked_at_too(kind):
+    layer, x = fastcell.GRU(2, 3), torch.randn(6, 2, 2)
+    lengths = kind(torch.tensor([5, 2]), requires_grad=False)
+    assert torch.equal(layer(x, lengths=lengths)[0], layer(x, lengths=torch.tensor([5, 2]))[0])
+    for wrong in ([5, 9], [-1, 6]):
+        with pytest.raises(ValueError, match="lengths must be from 0 to 6 steps"):
+            layer(x, lengths=kind(torch.tensor(wrong), requires_grad=False))
+
+
+class Kept(torch.Tensor):
+    """A subclass of nothing of its own."""
+
+
+def test_a_callers_lengths_may_change_before_the_gradient():
+    layer, x = fastcell.GRU(2, 3), torch.randn(6, 2, 2, requires_grad=True)
+    buffer = np.array([5, 2])
+    lengths = torch.from_numpy(buffer)
+    output, _ = layer(x, lengths=lengths)
+    (wanted,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+    buffer[:] = 6, 100
+    lengths.sub_(1)
+    (found,) = torch.autograd.grad(output.square().sum(), x)
+    assert torch.equal(found, wanted)
+    with torch.inference_mode():
+        lengths = torch.tensor([5, 2])
+    assert torch.equal(layer(x, lengths=lengths)[0], output)
+
+
+def test_a_gradient_through_the_operators_of_a_call_past_them():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    layer, x = fastcell.LSTM(2, 3, 2), torch.randn(6, 2, 2, requires_grad=True)
+    output, _ = layer(x, lengths=torch.tensor([5, 2]))
+    (wanted,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+    with Mode():
+        (found,) = torch.autograd.grad(output.square().sum(), x)
+    assert torch.equal(found, wanted)
 
 
 def test_the_functional_form():

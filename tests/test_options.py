@@ -224,6 +224,26 @@ def test_weight_dropout_draws_what_it_drew_in_every_derivative(dtype):
     assert not dropped(w, 1.0).any()
 
 
+def test_weight_dropout_with_batched_gradients_and_another_default_device():
+    torch.manual_seed(0)
+    layer = fastcell.GRU(3, 4, weight_dropout=0.4).double()
+    x, parameters = torch.randn(5, 2, 3, dtype=torch.float64), list(layer.parameters())
+    output, _ = layer(x)
+    upstream = torch.randn(3, *output.shape, dtype=torch.float64)
+
+    def gradient(v):
+        return torch.autograd.grad(output, parameters, v, retain_graph=True)
+
+    wanted = [torch.stack(g) for g in zip(*map(gradient, upstream), strict=True)]
+    together = torch.autograd.grad(
+        output, parameters, upstream, retain_graph=True, is_grads_batched=True
+    )
+    assert_alike(together, wanted)
+    assert_alike(torch.vmap(gradient)(upstream), wanted)
+    with torch.device("meta"):
+        assert layer(x)[0].device.type == "cpu"
+
+
 @pytest.mark.parametrize("probability", [0.2, 0.9])
 def test_weight_dropout_keeps_the_expectation(probability):
     layer = fastcell.RNN(1, 100, weight_dropout=probability, bias=False).double()
@@ -818,6 +838,30 @@ def test_delays_block_by_block_and_compiled(name):
     assert_alike(gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")), found)
     layer.recompute = True  # which the kernels of a delay do not know
     assert_alike(gradients(layer), found)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
+def test_delays_of_no_sample():
+    layer = fastcell.GRU(2, 3, skip=2, skip_beside=True).double()
+    x = torch.randn(4, 0, 2, dtype=torch.float64, requires_grad=True)
+    output, h = layer(x)
+    assert (output.shape, h.shape) == ((4, 0, 3), (1, 0, 3))
+    _, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
+    assert tangent.shape == output.shape
+
+
+def test_a_wrong_weight_of_a_delay_is_named():
+    for weight, error in ((torch.randn(3, 3), RuntimeError), (None, TypeError)):
+        layer = fastcell.GRU(2, 3, skip=2, skip_beside=True)
+        layer.weight_skip_l0 = None if weight is None else torch.nn.Parameter(weight)
+        with pytest.raises(error, match="weight_skip must be"):
+            layer(torch.randn(4, 1, 2))
+
+
+def test_explain_knows_what_a_delay_costs():
+    layer, plain = fastcell.LSTM(8, 32, skip=2, skip_beside=True), fastcell.LSTM(8, 32)
+    more = 4 * 32 * 32 * 4
+    assert fastcell.explain(layer).packed_bytes == fastcell.explain(plain).packed_bytes + more
 
 
 def test_delays_have_second_derivatives():

@@ -161,10 +161,10 @@ struct ForwardCall {
   Schedule schedule;
   RowMap<const char> x;  // in elements; base as bytes
   Storage x_storage, y_storage;
-  const void* state[kMaxStates];  // (L*D, B, .) each, or null for zeros
-  void* final_state[kMaxStates];  // (L*D, B, .) each
+  const void* state[kMaxStates];  // Stack::state_elements() of all L*D each, or null for zeros
+  void* final_state[kMaxStates];  // the same
   void* y;                        // (rows, D*output), of a padded batch (steps, samples, D*output)
-  void* cells;                    // (rows, D*hidden), of one layer's c at all steps, or null
+  void* cells;  // (rows, D*hidden), of one layer's c at all steps, or null; not with an order
   Extras extras;
   const void* packed;  // what pack() made
   void* reserve;       // kept for the backward call, or null
@@ -185,7 +185,7 @@ struct BackwardCall {
   const void* const* weights;  // flat, torch's order
   void* const* d_weights;      // flat; null entries are not asked for
   bool accumulate;             // d_weights are added to
-  const void* d_cells;         // (rows, D*hidden), of one layer's c at all steps, or null
+  const void* d_cells;  // (rows, D*hidden), of one layer's c at all steps, or null; without order
   const void* reserve;
   void* workspace;
 };

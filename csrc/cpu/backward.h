@@ -554,15 +554,19 @@ class Backward {
       share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
         const int vectors = over_h.vectors(p);
         const int64_t unit = over_h.first_unit(p), left = s.output - unit;
-        alignas(64) T block[kMaxVectors * lanes];
-        for (int64_t b = b0; b < b1; ++b) {
+        alignas(64) T block[kRowBlock * kMaxVectors * lanes];
+        T* sums[kRowBlock];
+        for (int i = 0; i < kRowBlock; ++i) sums[i] = block + i * vectors * lanes;
+        for (int64_t b = b0; b < b1; b += kRowBlock) {
+          const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
           for (int64_t k = 1; k < s.delay; ++k) {
-            T* const sums = block;
-            std::memset(block, 0, sizeof block);
-            add_delayed(p, delayed(reverse ? t + 1 + k : t - 1 - k), b, 1, &sums);
-            add_remembered(p, time.steps + k, b, block);
-            std::memcpy(remembered(d_initial[0], k, b) + unit, block,
-                        (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
+            std::memset(block, 0, n * vectors * lanes * sizeof(T));
+            add_delayed(p, delayed(reverse ? t + 1 + k : t - 1 - k), b, n, sums);
+            for (int i = 0; i < n; ++i) {
+              add_remembered(p, time.steps + k, b + i, sums[i]);
+              std::memcpy(remembered(d_initial[0], k, b + i) + unit, sums[i],
+                          (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
+            }
           }
         }
       });

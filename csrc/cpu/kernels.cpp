@@ -68,7 +68,7 @@ void sigmoid_array(DType dtype, const void* x, void* y, int64_t count) {
   map_array(dtype, x, y, count, [](auto v) { return sigmoid(v); });
 }
 
-// Elements that share a key. (A row's number fits in 32 bits then, whatever there is to draw.)
+// Elements that share a key.
 constexpr int64_t kDrawnTogether = 4096;
 
 void drop(DType dtype, const void* from, void* to, int64_t count, uint64_t seed,

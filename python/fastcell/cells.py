@@ -165,7 +165,7 @@ _known: dict[str, tuple[CellSpec, Options, int]] = {}
 
 
 def _made(cell: str) -> str:
-    if len(_known) < 256:
+    if cell not in _known and len(_known) < 256:
         _known[cell] = _parsed(cell)
     return cell
 

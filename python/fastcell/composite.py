@@ -220,7 +220,7 @@ def _delayed_direction(
     assert part.w_skip is not None
     d, batch, steps = delay_of(part.cell), projected[0].shape[0], len(projected)
     reset = None if part.extras.reset is None else part.extras.reset.reshape(steps, batch, 1)
-    past = list(state[0].view(d, batch, -1).unbind(0))
+    past = list(state[0].view(d, batch, state[0].shape[-1]).unbind(0))
     if reverse:  # the nearest first
         past.reverse()
     rest = state[1:]

@@ -54,6 +54,10 @@ class _Ragged(NamedTuple):
 
 def _ragged(lengths: Tensor, steps: int) -> _Ragged:
     values = lengths.tolist()
+    if values and (min(values) < 0 or max(values) > steps):
+        raise ValueError(
+            f"lengths must be from 0 to {steps} steps, got {min(values)} to {max(values)}"
+        )
     order, offsets = torch.empty_like(lengths), lengths.new_empty(max(values, default=0) + 1)
     _core.ragged_order(len(values), lengths.data_ptr(), order.data_ptr(), offsets.data_ptr())
     batch = len(values) - values.count(0)
@@ -144,14 +148,14 @@ def forward(
         if output is not None:
             y = output
         elif config.batch_first:
-            y = padded_like_output(x, width)
+            y = _padded_like_output(x, width)
         else:
             y = _new(x, steps, batch, width)
         rows, samples = steps * batch, batch
         if batch_sizes is not None:
             ragged = _ragged(batch_sizes, steps)
             if ragged.rows == 0:
-                return _nothing(config, y, hx, count, sizes, stack, rows, keep)
+                return _nothing(config, y, hx, count, sizes, keep)
             extras = _extras_of_rows(extras, ragged)
             padding = (ragged.order.data_ptr(), batch, steps)
             offsets, batch, rows = ragged.offsets, ragged.batch, ragged.rows
@@ -170,10 +174,7 @@ def forward(
     c_final = _new(like, count, samples, sizes[1]) if len(sizes) > 1 else None
     reserve = None
     if keep:
-        # With lengths, for all rows: what an operator returns has no size that numbers decide.
-        # Memory that is not written is not taken.
-        kept = rows if x.dim() == 2 else x.shape[0] * x.shape[1]
-        reserve = like.new_empty(kept * stack.reserve_row_elements)
+        reserve = like.new_empty(rows * stack.reserve_row_elements)
     workspace, _fresh = scratch(
         stack.forward_workspace(
             steps,
@@ -344,8 +345,6 @@ def _nothing(
     hx: Sequence[Tensor] | None,
     count: int,
     sizes: Sequence[int],
-    stack: _core.Stack,
-    rows: int,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """What ``forward`` returns where all lengths are zero."""
@@ -354,8 +353,7 @@ def _nothing(
         states = [y.new_zeros((count, batch, size)) for size in sizes]
     else:
         states = [h.clone(memory_format=torch.contiguous_format) for h in hx]
-    kept = y.new_empty(rows * stack.reserve_row_elements) if keep else None
-    return y.zero_(), states, kept
+    return y.zero_(), states, y.new_empty(0) if keep else None
 
 
 def with_cells(
@@ -367,7 +365,8 @@ def with_cells(
     extras: Extras,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
-    """``forward`` of one layer, and c of all steps, in the input's layout."""
+    """``forward`` of one layer, and c of all steps, in the input's layout; not with lengths."""
+    assert batch_sizes is None or x.dim() == 2
     if keep:
         output, states, reserve = forward(config, x, hx, weights, batch_sizes, extras, True)
         assert reserve is not None
@@ -376,12 +375,12 @@ def with_cells(
     if x.dim() == 2 or not config.batch_first:
         cells = x.new_empty((*x.shape[:-1], width))
     else:
-        cells = padded_like_output(x, width)
+        cells = _padded_like_output(x, width)
     output, states, _ = forward(config, x, hx, weights, batch_sizes, extras, False, cells=cells)
     return output, states, None, cells
 
 
-def padded_like_output(x: Tensor, width: int) -> Tensor:
+def _padded_like_output(x: Tensor, width: int) -> Tensor:
     """For (B, T, .) input: memory of a (B, T, width) result."""
     # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
     batch, steps, _ = x.shape

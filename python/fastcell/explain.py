@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, cuda, ops, transforms
+from . import _core, cpu, cuda, ops, transforms
 from .cell_modules import GRUCell, IndRNNCell, LSTMCell, RNNCell
-from .cells import NARROW_CELLS, cell_of, spec_of
+from .cells import NARROW_CELLS, cell_of, spec_of, with_delay
 from .cpu import row_offsets
-from .engines import engine_of, why_no_kernels
+from .engines import ENGINES, engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN, IndRNN
 from .packing import packed_bytes
 from .plan import Config, bound_stack
@@ -284,8 +284,9 @@ def _config(module: torch.nn.Module) -> Config:
     if isinstance(module, _QUANTIZED):
         return module.config()
     if isinstance(module, _LAYERS):
+        cell = cell_of(module)
         return Config(
-            cell_of(module),
+            with_delay(cell, module.skip) if _delayed(module) else cell,
             module.num_layers,
             module.bidirectional,
             module.bias,
@@ -300,15 +301,22 @@ def _config(module: torch.nn.Module) -> Config:
     return Config(cell, 1, False, has_bias, False)
 
 
+def _delayed(module: torch.nn.RNNBase) -> bool:
+    """Whether the kernels of cells with a delay run it."""
+    if not module.skip_beside or module.recompute:
+        return False
+    return ENGINES.get(next(module.parameters()).device.type) is cpu
+
+
 def _weights(module: torch.nn.Module) -> list[Tensor]:
     """The tensors that a call would hand to the kernels."""
     if isinstance(module, _QUANTIZED):
         return module.weights()
     if isinstance(module, _LAYERS):
         weights = cast(list[Tensor], list(module._flat_weights))
-        # What a delay beside the step before, or a norm, has of its own is not the cell's.
+        # What a norm has of its own, or a delay that no kernel knows, is not the cell's.
         names = module._flat_weights_names
-        own = ("weight_skip", "norm_")
+        own = ("norm_",) if _delayed(module) else ("weight_skip", "norm_")
         return [w for w, n in zip(weights, names, strict=True) if not n.startswith(own)]
     of_cell: list[Any] = [module.weight_ih, module.weight_hh]
     biases = [b for b in (module.bias_ih, module.bias_hh) if b is not None]

@@ -679,10 +679,12 @@ def _run_lengths(
     # The kernels read lengths. What runs around them on a CPU takes rows.
     whole = lengths.device == input.device and launch is None and not layer.recompute
     if not lengths.is_cpu or whole:
+        # (A copy on a CPU: the backward call reads them again, whatever the caller has done.)
+        dense = torch.contiguous_format
+        lengths = lengths.clone(memory_format=dense) if lengths.is_cpu else lengths.contiguous()
         return _launch(
-            layer, cell, input, states, weights, lengths.contiguous(), steps, batch, refuse, launch,
-            reset,
-        )  # fmt: skip
+            layer, cell, input, states, weights, lengths, steps, batch, refuse, launch, reset
+        )
     wrong_dtype = launch is None and input.dtype != weights[0].dtype
     _refuse_wrong_sizes(layer, cell, input, states, batch, None, refuse, wrong_dtype)
     if not lengths.any():

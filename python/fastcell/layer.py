@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from .cells import NORMED_CELLS, cell_of, checked_probability, options_of, spec_of
+from .cells import NORMED_CELLS, cell_of, checked_probability, options_of, spec_of, with_delay
 from .functional import Sequences, States, run_normed, run_stack
 from .layer_skip import run_skipping
 from .layer_states import run_all
@@ -66,6 +66,7 @@ class Layer(Swappable, torch.nn.RNNBase):
         if cell is not None:
             self._become(cell)
         if self.skip_beside:
+            with_delay(cell_of(self), skip)  # known before a call: Dynamo looks at what it reads
             self._add_weights("weight_skip", self._rows(), self.output_size())
         if self.layer_norm:
             self._add_norms(cell or cell_of(self))

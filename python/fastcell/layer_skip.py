@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cpu, ops
 from .cells import spec_of, with_delay
 from .checks import check_tensors
+from .engines import ENGINES
 from .functional import Sequences, Sizes, States, checked_reset, refuse_sizes, run_stack
 from .layer_states import run_all
 from .ragged import checked_lengths
@@ -104,11 +105,20 @@ def _run_delayed(
         raise RuntimeError(f"Expected input with {layer.input_size} features, got {features}")
     each = len(weights) // (layer.num_layers * directions)
     own = [w for i, w in enumerate(weights) if i % each < each - 1]
+    spec = spec_of(cell)
     check_tensors(
-        input, [*(states or ()), *weights[each - 1 :: each]], own, steps, spec_of(cell),
-        layer.input_size, layer.hidden_size, layer.proj_size, layer.num_layers, directions,
-        layer.bias,
+        input, states, own, steps, spec, layer.input_size, layer.hidden_size, layer.proj_size,
+        layer.num_layers, directions, layer.bias,
     )  # fmt: skip
+    expected = (spec.gates * layer.hidden_size, layer.output_size())
+    for w in weights[each - 1 :: each]:
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weight_skip must be a Tensor, got {type(w).__name__}")
+        if w.shape != expected or w.dtype is not own[0].dtype or w.device != own[0].device:
+            raise RuntimeError(
+                f"weight_skip must be {own[0].dtype} of size {expected} on {own[0].device}, got "
+                f"{w.dtype} of size {tuple(w.shape)} on {w.device}"
+            )
     output, (h, *rest) = ops.sequence(
         with_delay(cell, d), input, states, weights, None, num_layers=layer.num_layers,
         bidirectional=layer.bidirectional, bias=layer.bias, batch_first=False,
@@ -139,7 +149,7 @@ def _run_beside(
     for name, state, shape in zip(("h_0", "c_0"), states or (), shapes, strict=False):
         if tuple(state.shape) != shape:
             raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(state.shape)}")
-    if input.is_cpu and not sizes.recompute:
+    if ENGINES.get(input.device.type) is cpu and not sizes.recompute:
         return _run_delayed(layer, cell, input, states, reset, weights)
     one = replace(sizes, num_layers=1, bidirectional=False, dropout=0.0)
     pasts, finals = [], []

@@ -121,7 +121,14 @@ def _sequence_forward(
     output, states, reserve = engine_of(input).forward(
         config, input, hx or None, weights, batch_sizes, extras, keep
     )
-    return output, states, input.new_empty(0) if reserve is None else reserve
+    if reserve is None:
+        return output, states, input.new_empty(0)
+    if batch_sizes is not None and input.dim() == 3 and input.is_cpu:
+        # What an operator returns has no size that numbers decide: room for all rows.
+        kept, first = reserve, input.shape[0] * input.shape[1]
+        reserve = engine_of(input).new_reserve(config, input, weights, first)
+        reserve[: len(kept)] = kept
+    return output, states, reserve
 
 
 @_sequence_forward.register_fake

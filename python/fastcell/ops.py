@@ -76,7 +76,7 @@ def sequence(
         input: (T, B, I); with ``batch_first`` (B, T, I); packed: (rows, I).
         hx: initial states, each (L*D, B, P or H); None for zeros.
         weights: flat, in torch's order.
-        batch_sizes: of a PackedSequence, or None.
+        batch_sizes: of a PackedSequence, or of padded input the lengths of its samples, or None.
         single_step: the call is one step of a cell module; decides how autocast applies.
         recompute: keep little for the backward pass (``recompute.py``), where the kernels are
             called directly.
@@ -105,17 +105,11 @@ def sequence(
     if recompute and (path != "kernel" or not _wants_gradient(input, hx, weights)):
         recompute = False
     if recompute and batch_sizes is not None and input.dim() == 3:
-        raise ValueError(
-            "recompute=True takes lengths on the CPU, got them on the device of the input"
-        )
-    extras = Extras(
-        _dropout_masks(config, input, weights, dropout) if dropout > 0 and not recompute else None,
-        _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
-        if training and recurrent_dropout > 0
-        else None,
-        reset,
-        _seed(input) if training and any(options_of(cell).zoneout) else None,
-    )
+        raise ValueError("recompute=True does not go with lengths on a GPU")
+    extras = _extras(
+        config, input, weights, batch_sizes, 0.0 if recompute else dropout, recurrent_dropout,
+        reset, training,
+    )  # fmt: skip
     if recompute and extras.seed is not None:
         raise ValueError("recompute=True does not go with zoneout, whose draws it would not repeat")
     if widened and (path != "kernel" or _wants_gradient(input, hx, weights)):
@@ -213,14 +207,7 @@ def _with_cells(
         if not kernels or input.dtype not in engine_of(input).DTYPES:
             input, hx, weights = _cast(torch.float32, input, hx, weights)
     config = Config(cell, 1, bidirectional, bias, batch_first)
-    extras = Extras(
-        None,
-        _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
-        if training and recurrent_dropout > 0
-        else None,
-        reset,
-        _seed(input) if training and any(options_of(cell).zoneout) else None,
-    )
+    extras = _extras(config, input, weights, batch_sizes, 0.0, recurrent_dropout, reset, training)
     output, states, cells = layer_with_cells(
         config, input, hx, weights, batch_sizes, extras, kernels,
         _wants_gradient(input, hx, weights),
@@ -446,6 +433,26 @@ def _autocast(
     state = input if hx is None else hx[-1]
     result = torch.promote_types(state.dtype, narrow)
     return *_cast(widest, input, hx, weights), result
+
+
+def _extras(
+    config: Config,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    dropout: float,
+    recurrent_dropout: float,
+    reset: Tensor | None,
+    training: bool,
+) -> Extras:
+    """What a call draws, from torch's generator, and ``reset``."""
+    recurrent = seed = None
+    masks = _dropout_masks(config, input, weights, dropout) if dropout > 0 else None
+    if training and recurrent_dropout > 0:
+        recurrent = _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
+    if training and any(options_of(config.cell).zoneout):
+        seed = _seed(input)
+    return Extras(masks, recurrent, reset, seed)
 
 
 def _dropout_masks(

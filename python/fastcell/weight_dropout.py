@@ -24,10 +24,11 @@ def dropped(w: Tensor, probability: float) -> Tensor:
         or not is_plain(w)
         or w.dtype not in DTYPES
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or transforms.transformed()
     ):
         return torch.nn.functional.dropout(w, probability)
-    seed = int(torch.randint(1 << 62, ()))
+    seed = int(torch.randint(1 << 62, (), device="cpu"))
     result: Tensor = _Dropped.apply(w, probability, seed)  # type: ignore[no-untyped-call]
     return result
 
@@ -36,14 +37,21 @@ class _Dropped(Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, probability: float, seed: int) -> Tensor:
         ctx.probability, ctx.seed = probability, seed
-        w = w.resolve_neg().contiguous()
-        result = torch.empty_like(w)
-        _core.drop(
-            w.data_ptr(), result.data_ptr(), w.numel(), w.dtype is torch.float64, seed, probability
-        )
-        return result
+        return _drawn(w.resolve_neg().contiguous(), probability, seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if transforms.transformed() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            ones = torch.ones(grad.shape, dtype=grad.dtype, device="cpu")
+            return grad * _drawn(ones, ctx.probability, ctx.seed), None, None
         # The same factors; linear, so that this is its own rule for the next derivative.
-        return _Dropped.apply(grad, ctx.probability, ctx.seed), None, None  # type: ignore[no-untyped-call]
+        again: Tensor = _Dropped.apply(grad, ctx.probability, ctx.seed)  # type: ignore[no-untyped-call]
+        return again, None, None
+
+
+def _drawn(w: Tensor, probability: float, seed: int) -> Tensor:
+    result = torch.empty_like(w)
+    _core.drop(
+        w.data_ptr(), result.data_ptr(), w.numel(), w.dtype is torch.float64, seed, probability
+    )
+    return result
