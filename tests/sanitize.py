@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("kernels", "random", "same_bits", "math", "reservoir", "trees")
+NAMES = ("kernels", "random", "same_bits", "math", "reservoir", "trees", "lengths")
 FILES = [f"tests/test_{name}.py" for name in NAMES]
 # Enough to reach every engine, tile height, tail and buffer; the whole grid would take too long.
 # Most of it on the baseline: the sanitizer does not see the masked loads and stores of AVX-512.

@@ -71,7 +71,7 @@ def compare(
         lengths = batch_sizes if form == "packed" else moved(batch_sizes)
 
         def call():
-            y, finals, cells = layer_with_cells(config, ours, hx, w, lengths, own, kernels)
+            y, finals, cells = layer_with_cells(config, ours, hx, w, lengths, own, kernels, True)
             assert cells.shape == (*y.shape[:-1], 2 * hidden)
             assert cells.dtype is (F64 if to_dtype is F64 else F32)
             return torch.cat((y, cells.to(y.dtype)), -1), finals
@@ -142,7 +142,7 @@ def test_the_end_of_a_sample_is_zero_and_what_comes_from_there_is_not_seen(devic
     lengths = torch.tensor([1, 4, 2], device=device)
     ended = (torch.arange(4, device=device)[:, None] >= lengths)[:, :, None]
     x = torch.randn(4, 3, 3, device=device).masked_fill(ended, torch.nan).requires_grad_()
-    cells = layer_with_cells(config, x, None, weights, lengths, NO_EXTRAS, True)[2]
+    cells = layer_with_cells(config, x, None, weights, lengths, NO_EXTRAS, True, True)[2]
     assert not cells.masked_select(ended).any()
     assert cells.masked_select(~ended).all()
     cells.backward(torch.ones_like(cells).masked_fill(ended, torch.nan))

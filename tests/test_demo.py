@@ -604,6 +604,8 @@ def test_an_interrupt_from_the_keyboard_ends_cleanly(prose):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What a shell starts in the background has the signal ignored, and so have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not process.stdout.readline().startswith("training:"):
         assert process.poll() is None

@@ -4,86 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _core
 from .cells import remembered_of, spec_of
+from .cpu_time import strides, time_of
 from .packing import dense, packed_weights
 from .plan import NO_EXTRAS, Config, Extras, bound_stack, plan_for, plan_for_symbolic
 
 __all__ = [
-    "DTYPES", "Config", "backward", "bound_stack", "forward", "new_reserve", "row_offsets",
+    "DTYPES", "Config", "backward", "bound_stack", "forward", "new_reserve", "with_cells",
 ]  # fmt: skip
 
 # A thread keeps this much for its small calls: enough for a step of most layers, and its gradients.
 _SCRATCH_BYTES = 1 << 20
 
 DTYPES = (torch.float32, torch.float64)
-_NO_PADDING = (0, 0, 0)
 # How the kernels read input and write output of other dtypes, which they compute in float32.
 _NO_POINTERS = (0,) * len(NO_EXTRAS)
 _STORAGE = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def row_offsets(batch_sizes: Tensor) -> Tensor:
-    """(T,) batch sizes of a packed sequence -> (T + 1,) offsets of each step's first row."""
-    offsets = batch_sizes.new_zeros(batch_sizes.shape[0] + 1)
-    torch.cumsum(batch_sizes, 0, out=offsets[1:])
-    return offsets
-
-
-class _Ragged(NamedTuple):
-    """A padded batch with lengths: its samples that have steps, the longest first."""
-
-    order: Tensor  # of all samples
-    offsets: Tensor  # (longest + 1,): how many rows the steps before each have
-    batch: int  # samples that have steps
-    rows: int
-    samples: int
-    steps: int  # of the padded batch
-
-    def numbers(self) -> Tensor:
-        """Of the rows, among those of the padded batch, in the order of time."""
-        rows = torch.arange(self.rows, device="cpu")
-        step = torch.searchsorted(self.offsets[1:], rows, right=True)
-        return step * self.samples + self.order[rows - self.offsets[step]]
-
-
-def _ragged(lengths: Tensor, steps: int) -> _Ragged:
-    values = lengths.tolist()
-    if values and (min(values) < 0 or max(values) > steps):
-        raise ValueError(
-            f"lengths must be from 0 to {steps} steps, got {min(values)} to {max(values)}"
-        )
-    order, offsets = torch.empty_like(lengths), lengths.new_empty(max(values, default=0) + 1)
-    _core.ragged_order(len(values), lengths.data_ptr(), order.data_ptr(), offsets.data_ptr())
-    batch = len(values) - values.count(0)
-    return _Ragged(order, offsets, batch, sum(values), len(values), steps)
-
-
-def _extras_of_rows(extras: Extras, ragged: _Ragged) -> Extras:
-    """What there is one of for each row, for those that exist."""
-    if extras.dropout is None and extras.reset is None:
-        return extras
-    numbers = ragged.numbers()
-    dropout, reset = extras.dropout, extras.reset
-    return extras._replace(
-        dropout=None if dropout is None else dropout.flatten(1, 2).index_select(1, numbers),
-        reset=None if reset is None else reset.reshape(-1)[numbers],
-    )
-
-
-def _strides(config: Config, t: Tensor | None) -> tuple[int, int]:
-    """Elements between steps, and between samples of one step; of packed rows the latter."""
-    if t is None:
-        return 0, 0
-    first, second, *features = t.stride()
-    if not features:
-        return 0, first
-    return (second, first) if config.batch_first else (first, second)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -139,32 +80,19 @@ def forward(
     storage = _STORAGE.get(x.dtype, "same")
     (stack, count, width, sizes), packed_w = packed_weights(config, x, weights, threads)
     x = _dense_rows(x)
-    x_step, x_row = _strides(config, x)
-    offsets, padding = None, _NO_PADDING
-    if batch_sizes is None or x.dim() == 3:
-        steps, batch, _ = x.shape
-        if config.batch_first:
-            steps, batch = batch, steps
-        if output is not None:
-            y = output
-        elif config.batch_first:
-            y = _padded_like_output(x, width)
-        else:
-            y = _new(x, steps, batch, width)
-        rows, samples = steps * batch, batch
-        if batch_sizes is not None:
-            ragged = _ragged(batch_sizes, steps)
-            if ragged.rows == 0:
-                return _nothing(config, y, hx, count, sizes, keep)
-            extras = _extras_of_rows(extras, ragged)
-            padding = (ragged.order.data_ptr(), batch, steps)
-            offsets, batch, rows = ragged.offsets, ragged.batch, ragged.rows
-            steps = offsets.shape[0] - 1
+    time = time_of(config, x, batch_sizes)
+    rows, samples = time.rows, time.samples
+    if output is not None:
+        y = output
+    elif x.dim() == 2:
+        y = x.new_empty((rows, width))
+    elif config.batch_first:
+        y = _padded_like_output(x, width)
     else:
-        offsets = row_offsets(batch_sizes)
-        steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
-        samples = batch
-        y = x.new_empty((rows, width)) if output is None else output
+        y = _new(x, x.shape[0], samples, width)
+    if rows == 0 and samples > 0:
+        return _nothing(y, hx, samples, count, sizes, keep)
+    extras = time.of_rows(extras)
 
     like = x
     if storage != "same":
@@ -172,13 +100,11 @@ def forward(
         hx = None if hx is None else [h.float() for h in hx]
     h_final = _new(like, count, samples * remembered_of(config.cell), sizes[0])
     c_final = _new(like, count, samples, sizes[1]) if len(sizes) > 1 else None
-    reserve = None
-    if keep:
-        reserve = like.new_empty(rows * stack.reserve_row_elements)
+    reserve = like.new_empty(rows * stack.reserve_row_elements) if keep else None
     workspace, _fresh = scratch(
         stack.forward_workspace(
-            steps,
-            batch,
+            time.steps,
+            time.batch,
             rows,
             keep,
             extras.dropout is not None,
@@ -193,14 +119,13 @@ def forward(
         c = None if c_final is None else dense(hx[1])
     pointers, _kept = _pointers(extras)
     stack.forward(
-        steps,
-        batch,
+        time.steps,
+        time.batch,
         rows,
-        0 if offsets is None else offsets.data_ptr(),
-        padding,
+        time.offsets_pointer,
+        time.padding,
         x.data_ptr(),
-        x_step,
-        x_row,
+        *strides(config, x),
         0 if h is None else h.data_ptr(),
         0 if c is None else c.data_ptr(),
         y.data_ptr(),
@@ -252,25 +177,13 @@ def backward(
     ]
     d_x, d_hx, d_weights = grads[0], grads[1 : 1 + len(hx)], grads[1 + len(hx) :]
     d_y = None if grad_output is None else _dense_rows(grad_output)
-    offsets, padding = None, _NO_PADDING
-    if batch_sizes is None or x.dim() == 3:
-        steps, batch, _ = x.shape
-        if config.batch_first:
-            steps, batch = batch, steps
-        rows = steps * batch
-        if batch_sizes is not None:
-            ragged = _ragged(batch_sizes, steps)
-            extras = _extras_of_rows(extras, ragged)
-            padding = (ragged.order.data_ptr(), batch, steps)
-            offsets, batch, rows = ragged.offsets, ragged.batch, ragged.rows
-            steps = offsets.shape[0] - 1
-    else:
-        offsets = row_offsets(batch_sizes)
-        steps, batch, rows = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+    time = time_of(config, x, batch_sizes)
+    steps, batch, rows = time.steps, time.batch, time.rows
     if rows == 0:
         _gradients_of_nothing(grads, d_hx, grad_states)
         return grads
 
+    extras = time.of_rows(extras)
     pointers, _kept = _pointers(extras)
     cell_rows = None
     if d_cells is not None:
@@ -291,13 +204,13 @@ def backward(
         steps,
         batch,
         rows,
-        0 if offsets is None else offsets.data_ptr(),
-        padding,
+        time.offsets_pointer,
+        time.padding,
         x.data_ptr(),
-        *_strides(config, x),
+        *strides(config, x),
         0 if d_x is None else d_x.data_ptr(),
         0 if d_y is None else d_y.data_ptr(),
-        *_strides(config, d_y),
+        *strides(config, d_y),
         0 if h is None else h.data_ptr(),
         0 if c is None else c.data_ptr(),
         0 if d_h_final is None else d_h_final.data_ptr(),
@@ -309,7 +222,7 @@ def backward(
         [0 if g is None else g.data_ptr() for g in d_weights],
         reserve.data_ptr(),
         workspace,
-        *_strides(config, d_x),
+        *strides(config, d_x),
         add_to is not None,
         0 if cell_rows is None else cell_rows.data_ptr(),
         threads,
@@ -340,17 +253,16 @@ def _gradients_of_nothing(
 
 
 def _nothing(
-    config: Config,
     y: Tensor,
     hx: Sequence[Tensor] | None,
+    samples: int,
     count: int,
     sizes: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """What ``forward`` returns where all lengths are zero."""
-    batch = y.shape[0 if config.batch_first else 1]
     if hx is None:
-        states = [y.new_zeros((count, batch, size)) for size in sizes]
+        states = [y.new_zeros((count, samples, size)) for size in sizes]
     else:
         states = [h.clone(memory_format=torch.contiguous_format) for h in hx]
     return y.zero_(), states, y.new_empty(0) if keep else None

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _core, cpu, cuda, ops, transforms
 from .cell_modules import GRUCell, IndRNNCell, LSTMCell, RNNCell
 from .cells import NARROW_CELLS, cell_of, spec_of, with_delay
-from .cpu import row_offsets
+from .cpu_time import row_offsets
 from .engines import ENGINES, engine_of, why_no_kernels
 from .modules import GRU, LSTM, RNN, IndRNN
 from .packing import packed_bytes

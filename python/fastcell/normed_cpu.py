@@ -12,7 +12,8 @@ from torch.autograd import Function
 
 from . import _core, normed_composite, transforms
 from .cells import spec_of
-from .cpu import row_offsets, scratch
+from .cpu import scratch
+from .cpu_time import row_offsets
 from .double_backward import gradients_with_graph
 from .normed_composite import Call, States
 from .packing import dense

@@ -43,7 +43,7 @@ from .normed import split as split_norms
 from .normed import stack as normed_stack
 from .normed_composite import Call as NormedCall
 from .operators import CONFIG_SCHEMA, PLAIN
-from .plan import EXTRAS_SCHEMA, Config, Extras
+from .plan import EXTRAS_SCHEMA, NO_EXTRAS, Config, Extras
 
 _NARROW = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_NARROW)
@@ -452,6 +452,8 @@ def _extras(
         recurrent = _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
     if training and any(options_of(config.cell).zoneout):
         seed = _seed(input)
+    if masks is None and recurrent is None and reset is None and seed is None:
+        return NO_EXTRAS
     return Extras(masks, recurrent, reset, seed)
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import cpu, transforms
+from . import transforms
 from .cells import spec_of
+from .cpu_time import row_offsets
 from .double_backward import composite_backward
 from .engines import engine_of
 from .plan import Config, Extras
@@ -141,7 +142,7 @@ class _Segments:
             self.steps, self.batch = len(batch_sizes), int(batch_sizes[0])
         self.each = max(math.isqrt(self.steps), -(-_LEAST_ROWS // max(self.batch, 1)), 1)
         self.batch_sizes = batch_sizes
-        self.offsets = None if batch_sizes is None else cpu.row_offsets(batch_sizes).tolist()
+        self.offsets = None if batch_sizes is None else row_offsets(batch_sizes).tolist()
 
     def __len__(self) -> int:
         return -(-self.steps // self.each)
