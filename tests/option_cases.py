@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcell import noise, reference
-from fastcell.cells import CELLS, Options, options_of, spec_of
+from fastcell.cells import CELLS, Options, delay_of, options_of, spec_of
 from fastcell.plan import Config, Extras
 from tolerances import accumulation_length, assert_close
 
@@ -47,8 +47,12 @@ def tensors(
     dtype: torch.dtype = torch.float64,
     scale: float = 0.4,
     delay: int = 0,
+    beside: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and states of a stack, of numbers that reach all branches."""
+    """Weights and states of a stack, of numbers that reach all branches.
+
+    ``delay``: of links beside those of length one, or in place of them.
+    """
     spec = spec_of(cell)
     features, hidden = sizes
     generator = torch.Generator().manual_seed(len(cell))
@@ -69,9 +73,9 @@ def tensors(
                 weights.append(draw(proj, hidden))
             if spec.rows:
                 weights.append(draw(spec.rows, hidden))
-            if delay:
+            if delay and beside:
                 weights.append(draw(spec.gates * hidden, output))
-    rows = ((delay or 1) * batch, batch)
+    rows = ((delay or 1) * batch, batch if beside else delay * batch)
     states = [
         draw(layers * directions, n, size)
         for n, size in zip(rows, (output, hidden)[: spec.states], strict=False)
@@ -123,11 +127,6 @@ def allowed(cell: str, which: Sequence[str]) -> tuple[str, ...]:
     return tuple(w for w in which if w != "recurrent" or spec_of(cell).recurrent)
 
 
-def maskable(cell: str, which: Sequence[str]) -> tuple[str, ...]:
-    """Those that the reference has for a cell."""
-    return tuple(w for w in allowed(cell, which) if w != "recurrent" or not spec_of(cell).second)
-
-
 def results(run: Callable[[], Any], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Output, final states, and gradients of a function of them."""
     output, states = run()
@@ -171,8 +170,10 @@ class ByReference:
         form: str,
         extras: Extras,
         dtype: Any = np.float64,
+        skip: int = 0,
     ) -> None:
-        batch = states[0].shape[1]
+        """``skip``: of links in place of those of length one."""
+        batch = states[0].shape[1] // (skip or delay_of(config.cell) or 1)
         lengths = lengths_of(batch, form).numpy()
         self.alive = np.arange(STEPS)[:, None] < lengths
         self.packed = form == "packed"
@@ -186,6 +187,8 @@ class ByReference:
             "num_layers": config.num_layers,
             "bidirectional": config.bidirectional,
             "lengths": None if form == "padded" else lengths,
+            "skip": skip or delay_of(config.cell) or 1,
+            "skip_beside": delay_of(config.cell) > 0,
         }
         if self.cell in CHOICES:
             self.arguments["options"] = reference.Options(*options)

@@ -9,23 +9,21 @@ import pytest
 import torch
 
 import fastcell
-from fastcell import composite, cpu, noise
+from fastcell import composite, noise
 from fastcell.autograd import differentiable
-from fastcell.cells import Options, options_of, spec_of, with_delay, with_options
-from fastcell.plan import Config, Extras
+from fastcell.cells import Options, options_of, spec_of, with_options
+from fastcell.plan import Config
 from fastcell.weight_dropout import dropped
 from option_cases import (
     CHOICES,
     EXTRAS,
     PLAIN,
-    STEPS,
     ByReference,
     allowed,
     assert_within_policy,
     extras_for,
     given,
     input_for,
-    maskable,
     results,
     tensors,
 )
@@ -79,7 +77,7 @@ def test_kernels_as_the_reference(cell, form, dtype):
     sizes, extras = extras_for(
         form, layers=layers, directions=2, batch=batch, output=hidden, dtype=dtype
     )
-    extras = given(maskable(named, EXTRAS[1]), extras)
+    extras = given(allowed(named, EXTRAS[1]), extras)
     x = input_for(form, batch, features, dtype)
     config = Config(named, layers, True, True, False)
     leaves = [x, *states, *weights]
@@ -492,124 +490,6 @@ def test_the_original_gru(sizes):
     torch.testing.assert_close(last[0], h)
 
 
-# --- skip connections through time ----------------------------------------------------------------
-
-
-def delayed_by_hand(layer, d, x, states, reset=None):
-    """One step at a time, as a cell, of one sample's (T, I) and its d last states."""
-    states = [list(s.unbind(0)) for s in states]
-    outputs = []
-    for t, x_t in enumerate(x):
-        if reset is not None and reset[t]:
-            states = [[torch.zeros_like(s) for s in of] for of in states]
-        before = [of[-d] for of in states]
-        given = tuple(s[None] for s in before)
-        output, after = layer(x_t[None], given if len(given) == 2 else given[0])
-        after = after if isinstance(after, tuple) else (after,)
-        for of, new in zip(states, after, strict=True):
-            of.append(new[0])
-        outputs.append(output[0])
-    return torch.stack(outputs), [torch.stack(of[-d:]) for of in states]
-
-
-@pytest.mark.parametrize("steps", [1, 2, 6, 7, 11])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_a_delay_is_as_by_hand(name, steps):
-    torch.manual_seed(steps)
-    d, batch = 3, 2
-    layer = getattr(fastcell, name)(4, 5, skip=d).double()
-    plain = getattr(fastcell, name)(4, 5).double()
-    plain.load_state_dict(layer.state_dict())
-    x = torch.randn(steps, batch, 4).double()
-    reset = torch.rand(steps, batch) < 0.2
-    count = 2 if name == "LSTM" else 1
-    states = [torch.randn(1, d * batch, 5).double() for _ in range(count)]
-    output, final = layer(x, tuple(states) if count == 2 else states[0], reset=reset)
-    final = final if count == 2 else (final,)
-    for b in range(batch):
-        own = [s.view(d, batch, 5)[:, b] for s in states]
-        wanted, last = delayed_by_hand(plain, d, x[:, b], own, reset[:, b])
-        torch.testing.assert_close(output[:, b], wanted)
-        for s, w in zip(final, last, strict=True):
-            torch.testing.assert_close(s.view(d, batch, 5)[:, b], w)
-
-
-@pytest.mark.parametrize("cut", [1, 4, 6])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_a_delay_goes_on_over_windows(cut, batch_first):
-    layer = fastcell.GRU(3, 5, 2, skip=4, batch_first=batch_first).double()
-    axis = 1 if batch_first else 0
-    x = torch.randn(*((2, 10) if batch_first else (10, 2)), 3).double()
-    whole, last = layer(x)
-    first, state = layer(x.narrow(axis, 0, cut))
-    second, end = layer(x.narrow(axis, cut, 10 - cut), state)
-    torch.testing.assert_close(torch.cat((first, second), axis), whole)
-    torch.testing.assert_close(end, last)
-
-
-def test_a_delay_in_both_directions():
-    layer = fastcell.LSTM(3, 4, skip=3, bidirectional=True).double()
-    forward, back = (fastcell.LSTM(3, 4, skip=3).double() for _ in range(2))
-    weights = layer.state_dict()
-    forward.load_state_dict({k: v for k, v in weights.items() if "reverse" not in k})
-    back.load_state_dict(
-        {k.removesuffix("_reverse"): v for k, v in weights.items() if "reverse" in k}
-    )
-    x = torch.randn(7, 2, 3).double()
-    h, c = torch.randn(2, 6, 4).double(), torch.randn(2, 6, 4).double()
-    output, (h_n, c_n) = layer(x, (h, c))
-
-    def turned(s):
-        """Nearest first to oldest first, and back."""
-        return s.view(1, 3, 2, 4).flip(1).reshape(1, 6, 4)
-
-    one, (h_1, c_1) = forward(x, (h[:1], c[:1]))
-    two, (h_2, c_2) = back(x.flip(0), (turned(h[1:]), turned(c[1:])))
-    torch.testing.assert_close(output, torch.cat((one, two.flip(0)), -1))
-    torch.testing.assert_close(h_n, torch.cat((h_1, turned(h_2))))
-    torch.testing.assert_close(c_n, torch.cat((c_1, turned(c_2))))
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_delay_with_lengths(bidirectional):
-    layer = fastcell.RNN(3, 4, 2, skip=3, bidirectional=bidirectional).double()
-    x = torch.randn(8, 4, 3).double()
-    lengths = torch.tensor([8, 1, 0, 5])
-    output, final = layer(x, lengths=lengths)
-    for b, n in enumerate(lengths.tolist()):
-        assert not output[n:, b].any()
-        if n:
-            alone, last = layer(x[:n, b])
-            torch.testing.assert_close(output[:n, b], alone)
-            torch.testing.assert_close(final.view(-1, 3, 4, 4)[:, :, b], last)
-
-
-def test_a_delay_has_gradients():
-    layer = fastcell.LSTM(2, 3, skip=2).double()
-    x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
-    c = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
-
-    def run(x, h, c):
-        output, states = layer(x, (h, c))
-        return output, *states
-
-    assert torch.autograd.gradcheck(run, (x, h, c))
-    assert torch.autograd.gradgradcheck(run, (x, h, c))
-
-
-def test_wrong_delays_are_refused():
-    for wrong in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="skip must be a positive number of steps"):
-            fastcell.RNN(3, 4, skip=wrong)
-    layer = fastcell.RNN(3, 4, skip=2)
-    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 3)])
-    with pytest.raises(ValueError, match="skip goes with padded input"):
-        layer(packed)
-    with pytest.raises(RuntimeError, match="h_0"):
-        layer(torch.zeros(4, 2, 3), torch.zeros(1, 2, 4))
-
-
 # --- all states -----------------------------------------------------------------------------------
 
 
@@ -708,170 +588,6 @@ def test_all_states_compiled_and_narrow():
     assert (h.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def cpu_forward(config, x, states, weights):
-    output, finals, _ = cpu.forward(config, x, states, weights, None, Extras(), keep=False)
-    return output, finals
-
-
-def beside_by_hand(layer, d, x, h, c):
-    """One step at a time of a layer of one direction; h: its d last ones."""
-    outputs, h = [], list(h.unbind(0))
-    gates = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
-    for x_t in x:
-        a = torch.nn.functional.linear(h[-d], layer.weight_skip_l0)
-        if isinstance(layer, fastcell.LSTM):
-            a = a + x_t @ gates[0].T + gates[2] + h[-1] @ gates[1].T + gates[3]
-            i, f, g, o = a.chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h.append(torch.sigmoid(o) * torch.tanh(c))
-        else:
-            a = a + x_t @ gates[0].T + gates[2] + h[-1] @ gates[1].T + gates[3]
-            h.append(torch.tanh(a))
-        outputs.append(h[-1])
-    return torch.stack(outputs), torch.stack(h[-d:]), c
-
-
-@pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("name", ["RNN", "LSTM"])
-def test_a_delay_beside_the_step_before(name, steps):
-    torch.manual_seed(steps)
-    d, batch = 3, 2
-    layer = getattr(fastcell, name)(4, 5, skip=d, skip_beside=True).double()
-    assert layer.weight_skip_l0.shape == layer.weight_hh_l0.shape
-    x, h = torch.randn(steps, batch, 4).double(), torch.randn(1, d * batch, 5).double()
-    c = torch.randn(1, batch, 5).double()
-    output, final = layer(x, (h, c) if name == "LSTM" else h)
-    wanted, last, c_n = beside_by_hand(layer, d, x, h.view(d, batch, 5), c[0])
-    torch.testing.assert_close(output, wanted)
-    found = final[0] if name == "LSTM" else final
-    torch.testing.assert_close(found.view(d, batch, 5), last)
-    if name == "LSTM":
-        torch.testing.assert_close(final[1][0], c_n)
-
-
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "IndRNN"])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_delay_beside_in_windows_and_stacks(name, bidirectional):
-    layer = getattr(fastcell, name)(
-        4, 5, 2, skip=3, skip_beside=True, bidirectional=bidirectional, batch_first=True
-    ).double()
-    x = torch.randn(2, 10, 4, dtype=torch.float64, requires_grad=True)
-    whole, last = layer(x)
-    (whole.sum() + sum(s.sum() for s in (last if name == "LSTM" else (last,)))).backward()
-    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
-    if not bidirectional:
-        first, state = layer(x[:, :4])
-        second, end = layer(x[:, 4:], state)
-        torch.testing.assert_close(torch.cat((first, second), 1), whole)
-        torch.testing.assert_close(end, last)
-    again = getattr(fastcell, name)(
-        4, 5, 2, skip=3, skip_beside=True, bidirectional=bidirectional, batch_first=True
-    ).double()
-    again.load_state_dict(layer.state_dict())
-    assert torch.equal(again(x)[0], whole)
-
-
-def test_a_delay_beside_with_resets():
-    layer = fastcell.GRU(4, 5, skip=3, skip_beside=True).double()
-    x = torch.randn(9, 2, 4).double()
-    reset = torch.zeros(9, 2, dtype=torch.bool)
-    reset[5] = True
-    whole, last = layer(x, reset=reset)
-    torch.testing.assert_close(whole, torch.cat((layer(x[:5])[0], layer(x[5:])[0])))
-    torch.testing.assert_close(last, layer(x[5:])[1])
-    reset[:] = False
-    reset[8] = True
-    torch.testing.assert_close(layer(x, reset=reset)[1], layer(x[8:])[1])
-
-
-@pytest.mark.parametrize("which", [(), EXTRAS[1]], ids=["none", "all"])
-@pytest.mark.parametrize("delay", [2, 3, STEPS, STEPS + 2])
-@pytest.mark.parametrize("cell", [*CHOICES, *PLAIN])
-def test_delayed_kernels_as_plain_torch(cell, delay, which):
-    named = with_options(cell, CHOICES[cell]) if cell in CHOICES else cell
-    weights, states = tensors(named, delay=delay)
-    _, extras = extras_for("padded", layers=2, directions=2, batch=3, output=7)
-    x = input_for("padded", 3, 5)
-    config = Config(with_delay(named, delay), 2, True, True, False)
-    leaves, own = [x, *states, *weights], given(allowed(named, which), extras)
-    found = results(lambda: differentiable(config, x, states, weights, None, own), leaves)
-    wanted = results(lambda: composite.sequence(config, x, states, weights, None, own), leaves)
-    assert_alike(found, wanted)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("batch", "proj"), [(1, 0), (1, 4), (19, 0), (37, 33)])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_delays_of_odd_sizes_and_threads(cell, batch, proj, threads):
-    proj = proj if spec_of(cell).projection else 0
-    sizes = {"layers": 3, "directions": 1, "proj": proj, "sizes": (6, 45), "batch": batch}
-    weights, states = tensors(cell, delay=3, scale=0.1, **sizes)
-    x = torch.randn(70, batch, 6, dtype=torch.float64, requires_grad=True)  # chunks of time
-    config = Config(with_delay(cell, 3), 3, False, True, False)
-    leaves, extras = [x, *states, *weights], Extras()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = results(lambda: differentiable(config, x, states, weights, None, extras), leaves)
-        with torch.no_grad():
-            alone, _ = cpu_forward(config, x, states, weights)
-    finally:
-        torch.set_num_threads(before)
-    wanted = results(lambda: composite.sequence(config, x, states, weights, None, extras), leaves)
-    assert_alike(found, wanted)
-    assert torch.equal(alone, found[0])
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_delays_block_by_block_and_compiled(name):
-    layer = getattr(fastcell, name)(4, 5, 2, skip=3, skip_beside=True, bidirectional=True).double()
-    x = torch.randn(11, 2, 4, dtype=torch.float64, requires_grad=True)
-
-    def gradients(run):
-        output, final = run(x)
-        finals = final if name == "LSTM" else (final,)
-        total = output.square().sum() + sum(s.square().sum() for s in finals)
-        leaves = (x, *layer.parameters())
-        return [output, *finals, *torch.autograd.grad(total, leaves)]
-
-    found = gradients(layer)
-    assert_alike(gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")), found)
-    layer.recompute = True  # which the kernels of a delay do not know
-    assert_alike(gradients(layer), found)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
-def test_delays_of_no_sample():
-    layer = fastcell.GRU(2, 3, skip=2, skip_beside=True).double()
-    x = torch.randn(4, 0, 2, dtype=torch.float64, requires_grad=True)
-    output, h = layer(x)
-    assert (output.shape, h.shape) == ((4, 0, 3), (1, 0, 3))
-    _, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
-    assert tangent.shape == output.shape
-
-
-def test_a_wrong_weight_of_a_delay_is_named():
-    for weight, error in ((torch.randn(3, 3), RuntimeError), (None, TypeError)):
-        layer = fastcell.GRU(2, 3, skip=2, skip_beside=True)
-        layer.weight_skip_l0 = None if weight is None else torch.nn.Parameter(weight)
-        with pytest.raises(error, match="weight_skip must be"):
-            layer(torch.randn(4, 1, 2))
-
-
-def test_explain_knows_what_a_delay_costs():
-    layer, plain = fastcell.LSTM(8, 32, skip=2, skip_beside=True), fastcell.LSTM(8, 32)
-    more = 4 * 32 * 32 * 4
-    assert fastcell.explain(layer).packed_bytes == fastcell.explain(plain).packed_bytes + more
-
-
-def test_delays_have_second_derivatives():
-    layer = fastcell.GRU(2, 3, skip=2, skip_beside=True).double()
-    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x, h))
-    assert torch.autograd.gradgradcheck(layer, (x, h))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_explain_and_streams_know_options(name):
     layer = LAYERS[name]().eval()
@@ -919,50 +635,3 @@ def test_dropouts_do_not_hinder_quantizing():
     with torch.no_grad():
         error = (fastcell.quantize(layer, torch.bfloat16)(x)[0] - layer(x)[0]).abs().max()
     assert error < 0.02
-
-
-@pytest.mark.parametrize("steps", [9, 7])
-@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_all_states_of_a_delay_are_those_of_its_phases(kind, steps):
-    torch.manual_seed(0)
-    layer = getattr(fastcell, kind)(3, 5, 2, skip=3, bidirectional=True).double()
-    plain = getattr(fastcell, kind)(3, 5, 2, bidirectional=True).double()
-    plain.load_state_dict(layer.state_dict())
-    x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
-    output, final, every = layer(x, return_states=True)
-    every = every if kind == "LSTM" else (every,)
-    apart = [plain(x[phase::3], return_states=True)[2] for phase in range(3)]
-    apart = [a if kind == "LSTM" else (a,) for a in apart]
-    for k, states in enumerate(every):
-        assert states.shape == (4, steps, 2, 5)
-        for phase in range(3):
-            torch.testing.assert_close(states[:, phase::3], apart[phase][k])
-    torch.testing.assert_close(torch.cat(list(every[0][-2:]), -1), output)
-    torch.testing.assert_close(final, layer(x)[1])
-    weight = torch.randn_like(every[-1])
-    (found,) = torch.autograd.grad((every[-1] * weight).sum(), x)
-    total = sum((a[-1] * weight[:, phase::3]).sum() for phase, a in enumerate(apart))
-    (wanted,) = torch.autograd.grad(total, x)
-    torch.testing.assert_close(found, wanted)
-    turned = getattr(fastcell, kind)(3, 5, 2, skip=3, bidirectional=True, batch_first=True)
-    turned.double().load_state_dict(layer.state_dict())
-    there = turned(x.transpose(0, 1), return_states=True)[2]
-    there = there if kind == "LSTM" else (there,)
-    for a, b in zip(there, every, strict=True):
-        assert torch.equal(a.transpose(1, 2), b)
-    alone = layer(x[:, 0], return_states=True)[2]
-    alone = alone if kind == "LSTM" else (alone,)
-    for a, b in zip(alone, every, strict=True):
-        torch.testing.assert_close(a, b[:, :, 0])
-    lengths = torch.tensor([steps, 4])
-    ragged = layer(x, lengths=lengths, return_states=True)[2]
-    ragged = ragged if kind == "LSTM" else (ragged,)
-    short = layer(x[:4, 1:], return_states=True)[2]
-    short = short if kind == "LSTM" else (short,)
-    for a, b, c in zip(ragged, short, every, strict=True):
-        torch.testing.assert_close(a[:, :4, 1:], b)
-        torch.testing.assert_close(a[:, :, 0], c[:, :, 0])
-        assert not a[:, 4:, 1].any()
-    beside = getattr(fastcell, kind)(3, 5, skip=3, skip_beside=True)
-    with pytest.raises(ValueError, match="return_states does not go with skip_beside"):
-        beside(torch.zeros(4, 1, 3), return_states=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastcell import reference
-from fastcell.cells import spec_of, with_options
+from fastcell.cells import spec_of, with_delay, with_options
 from fastcell.plan import Config
 from option_cases import (
     CHOICES,
@@ -14,25 +14,31 @@ from option_cases import (
     PLAIN,
     STEPS,
     ByReference,
+    allowed,
     extras_for,
     given,
     input_for,
-    maskable,
     tensors,
 )
 from tolerances import accumulation_length, assert_close, finite_difference_tolerance
 
 
-def problem(cell, form="packed", which=EXTRAS[1], *, proj=0, dtype=np.float64):
+def problem(
+    cell, form="packed", which=EXTRAS[1], *, proj=0, dtype=np.float64, skip=0, beside=False
+):
     named = cell
     if cell in CHOICES:
         options = CHOICES[cell]
         named = with_options(cell, options._replace(zoneout_h=0.0) if proj else options)
-    weights, states = tensors(named, proj=proj, scale=(3 * 7) ** -0.5)  # no growth without end
+    scale = (3 * 7) ** -0.5  # no growth without end
+    weights, states = tensors(named, proj=proj, scale=scale, delay=skip, beside=beside or not skip)
+    if beside:
+        named, skip = with_delay(named, skip), 0
     _, extras = extras_for(form, layers=2, directions=2, batch=3, output=proj or 7)
     config = Config(named, 2, True, True, False)
-    own = given(maskable(named, which), extras)
-    return ByReference(config, input_for(form, 3, 5), states, weights, form, own, dtype)
+    own = given(allowed(named, which), extras)
+    x = input_for(form, 3, 5)
+    return ByReference(config, x, states, weights, form, own, dtype, skip)
 
 
 @pytest.mark.parametrize("which", [EXTRAS[1], ()], ids=["drawn", "expected"])
@@ -43,7 +49,20 @@ def problem(cell, form="packed", which=EXTRAS[1], *, proj=0, dtype=np.float64):
 )
 def test_equals_finite_differences(cell, proj, form, which):
     """Central differences along a random direction of every argument."""
-    ours = problem(cell, form, which, proj=proj)
+    check_gradients(problem(cell, form, which, proj=proj))
+
+
+@pytest.mark.parametrize("form", ["padded", "lengths"])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("skip", [2, STEPS + 1])
+@pytest.mark.parametrize(
+    ("cell", "proj"), [("rnn_tanh", 0), ("lstm", 0), ("lstm_peephole", 3), ("gru_before", 0)]
+)
+def test_delays_equal_finite_differences(cell, proj, skip, beside, form):
+    check_gradients(problem(cell, form, proj=proj, skip=skip, beside=beside))
+
+
+def check_gradients(ours):
     values = ours.values
     gradients = ours.results()[-len(values) :]
     rng = np.random.default_rng(2)

@@ -96,6 +96,20 @@ struct Timeline {
   FASTCELL_INLINE int64_t row(int64_t t, int64_t b) const {
     return order ? t * samples + order[b] : first(t) + b;
   }
+  // Steps of sample b.
+  FASTCELL_INLINE int64_t length(int64_t b) const {
+    if (!offsets) return steps;
+    int64_t low = 0, high = steps;  // it has step low - 1, and no step high
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (b < alive(middle)) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
   // The step that row r belongs to.
   FASTCELL_INLINE int64_t step_of(int64_t r) const {
     if (!offsets) return r / batch;

@@ -186,13 +186,17 @@ class Backward {
     FASTCELL_INLINE bool hidden_from(int64_t t, int64_t b) const {
       for (int64_t k = 0; reset && k < s.delay; ++k) {
         const int64_t at = reverse ? t + k : t - k;
-        if (at < 0 || at >= time.steps) break;
+        if (at < 0 || at >= time.steps || b >= time.alive(at)) break;
         if (begins_anew(at, b)) return true;
       }
       return false;
     }
-    // Steps of this direction from step t on.
-    int64_t steps_left(int64_t t) const { return reverse ? t + 1 : time.steps - t; }
+    // Steps of sample b in this direction behind step t, unless there are `delay` or more.
+    int64_t steps_behind(int64_t t, int64_t b) const {
+      if (reverse) return t;
+      const bool many = t + s.delay < time.steps && b < time.alive(t + s.delay);
+      return many ? s.delay : time.length(b) - 1 - t;
+    }
 
     // A caller's h, or its gradient, of the k-th step before the first, or before the end.
     template <class P>
@@ -204,9 +208,11 @@ class Backward {
     const T* h_delayed(int64_t t, int64_t b) const {
       if (hidden_from(t, b)) return buffers.zeros;
       const int64_t at = seen(t);
-      if (at >= 0 && at < time.steps) return y + (time.first(at) + b) * y_stride;
+      if (at >= 0 && at < time.steps && b < time.alive(at)) {
+        return y + (time.first(at) + b) * y_stride;
+      }
       if (!initial[0]) return buffers.zeros;
-      return remembered(initial[0], reverse ? at - time.steps : -1 - at, b);
+      return remembered(initial[0], reverse ? at - time.length(b) : -1 - at, b);
     }
 
     // Whether step t of sample b begins with zeros.
@@ -232,7 +238,9 @@ class Backward {
       for (int64_t i = 0; i < steps.end - steps.begin; ++i) {
         const int64_t t = reverse ? steps.begin + i : steps.end - 1 - i;
         // Samples whose run began at the later step: nothing of t reaches them.
-        if (reverse && t > 0) begin_gradients(t - 1, time.alive(t), time.alive(t - 1));
+        if (reverse && t > 0 && time.alive(t) < time.alive(t - 1)) {
+          begin_gradients(t - 1, time.alive(t), time.alive(t - 1));
+        }
         step(t, i % 2 != 0);
         place.sync();
       }
@@ -241,7 +249,6 @@ class Backward {
     void end() {
       const int64_t first = reverse ? time.steps - 1 : 0;
       begin_gradients(first, 0, time.alive(first));
-      remembered_gradients(first);
       place.sync();
       store_cell_gradients();
       pass_on_gradients();
@@ -316,7 +323,7 @@ class Backward {
       const T* a[kRowBlock];
       T* sums[kRowBlock];
       int count = 0;
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n && b + i < time.alive(t); ++i) {
         if (hidden_from(t, b + i)) continue;
         a[count] = d_gates_there + (b + i) * width(s);
         sums[count++] = to[i];
@@ -370,8 +377,10 @@ class Backward {
           for (int i = 0; i < n; ++i) {
             T* const d_h_row = block + i * vectors * lanes;
             add_output_gradient(p, t, b + i, first + b + i, d_h_row);
-            if (s.delay > 0 && steps_left(t) > 1) {
-              add_remembered(p, steps_left(t) - 1, b + i, d_h_row);
+            // (The last step's is in d_h.)
+            if (s.delay > 0 && d_final[0]) {
+              const int64_t k = steps_behind(t, b + i);
+              if (k > 0) add_remembered(p, k, b + i, d_h_row);
             }
             if (s.projected) {
               const int64_t unit = over_h.first_unit(p), left = s.output - unit;
@@ -527,9 +536,10 @@ class Backward {
       return initial[1] ? load_first(initial[1] + time.sample(b) * s.hidden + unit, valid) : V(0);
     }
 
-    // Gradients of the initial h of samples [b0, b1), whose first step was t.
+    // Gradients of the initial h of samples [begin, end), whose first step was t.
     void begin_gradients(int64_t t, int64_t begin, int64_t end) {
       if (!d_initial[0] || begin >= end) return;
+      if (s.delay > 0) remembered_gradients(t, begin, end);
       share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b0 < begin) b0 = begin;
         if (b1 > end) b1 = end;
@@ -540,7 +550,8 @@ class Backward {
           const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
           recurrent_product(p, t, b, n, block);
           for (int i = 0; i < n; ++i) {
-            if (s.delay > 0) add_remembered(p, time.steps, b + i, block + i * vectors * lanes);
+            if (s.delay > 0)
+              add_remembered(p, time.length(b + i), b + i, block + i * vectors * lanes);
             std::memcpy(remembered(d_initial[0], 0, b + i) + unit, block + i * vectors * lanes,
                         (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
           }
@@ -548,10 +559,11 @@ class Backward {
       });
     }
 
-    // With a delay, of the h before that; `t`: the first step.
-    void remembered_gradients(int64_t t) {
-      if (s.delay == 0 || !d_initial[0]) return;
+    // With a delay, of the h before that.
+    void remembered_gradients(int64_t t, int64_t begin, int64_t end) {
       share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+        if (b0 < begin) b0 = begin;
+        if (b1 > end) b1 = end;
         const int vectors = over_h.vectors(p);
         const int64_t unit = over_h.first_unit(p), left = s.output - unit;
         alignas(64) T block[kRowBlock * kMaxVectors * lanes];
@@ -563,7 +575,7 @@ class Backward {
             std::memset(block, 0, n * vectors * lanes * sizeof(T));
             add_delayed(p, delayed(reverse ? t + 1 + k : t - 1 - k), b, n, sums);
             for (int i = 0; i < n; ++i) {
-              add_remembered(p, time.steps + k, b + i, sums[i]);
+              add_remembered(p, time.length(b + i) + k, b + i, sums[i]);
               std::memcpy(remembered(d_initial[0], k, b + i) + unit, sums[i],
                           (left < vectors * lanes ? left : vectors * lanes) * sizeof(T));
             }
@@ -578,9 +590,12 @@ class Backward {
       for (int64_t b = time.batch; last && b < time.all(); ++b) {
         for (int i = 0; i < Cell::states; ++i) {
           if (!d_initial[i]) continue;
-          const int64_t size = s.state_size(i), at = time.sample(b) * size;
-          for (int64_t j = at; j < at + size; ++j) {
-            d_initial[i][j] = d_final[i] ? d_final[i][j] : T(0);
+          const int64_t size = s.state_size(i);
+          for (int64_t k = 0; k < (i == 0 ? s.remembered() : 1); ++k) {
+            const int64_t at = (k * time.all() + time.sample(b)) * size;
+            for (int64_t j = at; j < at + size; ++j) {
+              d_initial[i][j] = d_final[i] ? d_final[i][j] : T(0);
+            }
           }
         }
       }

@@ -543,7 +543,7 @@ class Forward {
   FASTCELL_INLINE const T* delayed_operand(const T* rows, int64_t t, int64_t b) const {
     for (int64_t k = 0; reset && k < s.delay; ++k) {
       const int64_t at = reverse ? t + k : t - k;
-      if (at < 0 || at >= time.steps) break;
+      if (at < 0 || at >= time.steps || b >= time.alive(at)) break;
       if (begins_anew(time.first(at) + b)) return zeros;
     }
     return rows + b * h_stride;
@@ -597,13 +597,12 @@ class Forward {
     const Range range = part(place.b1 - place.b0, place.index, place.size);
     for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
       const int64_t own = time.sample(b);
+      // Of a ragged batch in reverse, what a sample begins with waits there for its last step.
+      const int64_t begin = reverse ? time.steps - time.length(b) : 0;
       for (int64_t k = 0; k < s.remembered(); ++k) {
         const int64_t at = s.remembered_at(k, reverse) * time.all() + own;
-        load_row(initial[0], at, s.output, h_at(-k) + b * h_stride, h_stride);
+        load_row(initial[0], at, s.output, h_at(begin - k) + b * h_stride, h_stride);
       }
-      // Of a ragged batch in reverse, what a sample begins with waits in both for its last step.
-      load_row(initial[0], s.remembered_at(0, reverse) * time.all() + own, s.output,
-               h_at(1) + b * h_stride, h_stride);
       if constexpr (Cell::states > 1) {
         load_row(initial[1], own, s.hidden, c + b * c_stride, c_stride);
       }
@@ -614,21 +613,25 @@ class Forward {
       const int64_t own = time.sample(b);
       for (int i = 0; i < Cell::states; ++i) {
         const int64_t size = s.state_size(i);
-        load_row(initial[i], own, size, final_state[i] + own * size, size);
+        for (int64_t k = 0; k < (i == 0 ? s.remembered() : 1); ++k) {
+          const int64_t at = k * time.all() + own;
+          load_row(initial[i], at, size, final_state[i] + at * size, size);
+        }
       }
     }
     place.sync();
   }
 
-  // With a delay: h of the last steps, for the caller.
+  // With a delay: h of a sample's last steps, for the caller.
   void store_remembered() const {
     if (s.delay == 0) return;
     const Range range = part(place.b1 - place.b0, place.index, place.size);
-    for (int64_t k = 0; k < s.delay; ++k) {
-      T* const to = final_state[0] + s.remembered_at(k, reverse) * time.batch * s.output;
-      const T* const from = h_at(time.steps - k);
-      for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
-        std::memcpy(to + b * s.output, from + b * h_stride, s.output * sizeof(T));
+    for (int64_t b = place.b0 + range.begin; b < place.b0 + range.end; ++b) {
+      const int64_t end = reverse ? time.steps : time.length(b);
+      for (int64_t k = 0; k < s.delay; ++k) {
+        const int64_t at = s.remembered_at(k, reverse) * time.all() + time.sample(b);
+        std::memcpy(final_state[0] + at * s.output, h_at(end - k) + b * h_stride,
+                    s.output * sizeof(T));
       }
     }
   }

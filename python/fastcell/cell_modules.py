@@ -23,8 +23,8 @@ from .cells import (
     spec_of,
 )
 from .checks import check_tensors
-from .functional import States
 from .layer import Swappable
+from .stack import States
 
 __all__ = ["GRUCell", "IndRNNCell", "LSTMCell", "LeakyRNNCell", "RNNCell"]
 

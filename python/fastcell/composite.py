@@ -177,7 +177,7 @@ def _direction(
     appended c of all rows.
     """
     if part.w_skip is not None:
-        return _delayed_direction(part, projected, state, reverse, cells)
+        return _delayed_direction(part, projected, state, reverse, lengths, cells)
     steps = len(projected)
     alive = [p.shape[0] for p in projected]
     first = [0, *accumulate(alive)]
@@ -214,31 +214,49 @@ def _delayed_direction(
     projected: Sequence[Tensor],
     state: States,
     reverse: bool,
+    lengths: Tensor | None,
     cells: list[Tensor] | None,
 ) -> tuple[Tensor, States]:
-    """``_direction`` with h of d steps before as input too; all samples have all steps."""
+    """``_direction`` with h of d steps before as input too."""
     assert part.w_skip is not None
-    d, batch, steps = delay_of(part.cell), projected[0].shape[0], len(projected)
-    reset = None if part.extras.reset is None else part.extras.reset.reshape(steps, batch, 1)
-    past = list(state[0].view(d, batch, state[0].shape[-1]).unbind(0))
+    d, steps = delay_of(part.cell), len(projected)
+    alive = [p.shape[0] for p in projected]
+    first = [0, *accumulate(alive)]
+    reset = None if part.extras.reset is None else part.extras.reset.reshape(-1)
+    # Of each sample what its own last steps left, the oldest first.
+    past = list(state[0].view(d, -1, state[0].shape[-1]).unbind(0))
     if reverse:  # the nearest first
         past.reverse()
     rest = state[1:]
+    since = torch.full((past[0].shape[0], 1), d, device=past[0].device)  # steps since a reset
     outputs: list[Tensor] = [projected[0]] * steps
     seconds: list[Tensor] = [projected[0]] * steps
-    lately: list[Tensor] = []  # resets of the last d steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        current, delayed = (past[-1], *rest), past[-d]
+        n = alive[t]
+        current, delayed = (past[-1][:n], *[s[:n] for s in rest]), past[-d][:n]
+        runs = None if lengths is None else (t < lengths)[:, None]
         if reset is not None:
-            lately = [*lately, reset[t]][-d:]
-            current = tuple(s.masked_fill(reset[t], 0) for s in current)
-            delayed = delayed.masked_fill(torch.stack(lately).any(0), 0)
+            anew = reset[first[t] : first[t] + n, None]
+            anew = anew if runs is None else anew & runs
+            since = torch.cat(((since[:n] + 1).masked_fill(anew, 0), since[n:]))
+            current = tuple(s.masked_fill(anew, 0) for s in current)
+            delayed = delayed.masked_fill(since[:n] < d, 0)
         new = cell_step(part, projected[t] + linear(delayed, part.w_skip), current)
-        new = _zoned(part, t * batch, current, new)
+        new = _zoned(part, first[t], current, new)
         if part.w_hr is not None:
             new = (linear(new[0], part.w_hr), *new[1:])
         outputs[t], seconds[t] = new[0], new[-1]
-        past, rest = [*past[1:], new[0]], new[1:]
+        if runs is not None:
+            outputs[t], seconds[t] = new[0].where(runs, 0), new[-1].where(runs, 0)
+
+        def then(old: Tensor, after: Tensor, n: int = n, runs: Tensor | None = runs) -> Tensor:
+            """What a sample has after the step: what it had, if it has no such step."""
+            if runs is not None:
+                return after.where(runs, old)
+            return after if n == old.shape[0] else torch.cat((after[:n], old[n:]))
+
+        past = [then(old, after) for old, after in zip(past, [*past[1:], new[0]], strict=True)]
+        rest = tuple(then(old, after) for old, after in zip(rest, new[1:], strict=True))
     if cells is not None:
         cells.append(torch.cat(seconds))
     if reverse:

@@ -12,7 +12,15 @@ from torch import Tensor
 from .cells import remembered_of, spec_of
 from .cpu_time import strides, time_of
 from .packing import dense, packed_weights
-from .plan import NO_EXTRAS, Config, Extras, bound_stack, plan_for, plan_for_symbolic
+from .plan import (
+    NO_EXTRAS,
+    Config,
+    Extras,
+    bound_stack,
+    plan_for,
+    plan_for_symbolic,
+    state_shapes,
+)
 
 __all__ = [
     "DTYPES", "Config", "backward", "bound_stack", "forward", "new_reserve", "with_cells",
@@ -78,7 +86,8 @@ def forward(
     """
     threads = torch.get_num_threads()
     storage = _STORAGE.get(x.dtype, "same")
-    (stack, count, width, sizes), packed_w = packed_weights(config, x, weights, threads)
+    plan, packed_w = packed_weights(config, x, weights, threads)
+    stack, count, width, sizes = plan
     x = _dense_rows(x)
     time = time_of(config, x, batch_sizes)
     rows, samples = time.rows, time.samples
@@ -91,7 +100,7 @@ def forward(
     else:
         y = _new(x, x.shape[0], samples, width)
     if rows == 0 and samples > 0:
-        return _nothing(y, hx, samples, count, sizes, keep)
+        return _nothing(y, hx, state_shapes(config, plan, samples), keep)
     extras = time.of_rows(extras)
 
     like = x
@@ -188,7 +197,10 @@ def backward(
     cell_rows = None
     if d_cells is not None:
         turned = d_cells.transpose(0, 1) if config.batch_first and x.dim() == 3 else d_cells
-        cell_rows = dense(turned.reshape(rows, -1))
+        cell_rows = turned.reshape(-1, turned.shape[-1])
+        if time.order is not None:
+            cell_rows = cell_rows.index_select(0, time.padded_rows())
+        cell_rows = dense(cell_rows)
     # None also stands for a second state that the cell does not have.
     d_states = [None if g is None else dense(g) for g in grad_states]
     d_h_final, d_c_final = (*d_states, None)[:2]
@@ -255,14 +267,12 @@ def _gradients_of_nothing(
 def _nothing(
     y: Tensor,
     hx: Sequence[Tensor] | None,
-    samples: int,
-    count: int,
-    sizes: Sequence[int],
+    shapes: Sequence[Sequence[int]],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """What ``forward`` returns where all lengths are zero."""
     if hx is None:
-        states = [y.new_zeros((count, samples, size)) for size in sizes]
+        states = [y.new_zeros(shape) for shape in shapes]
     else:
         states = [h.clone(memory_format=torch.contiguous_format) for h in hx]
     return y.zero_(), states, y.new_empty(0) if keep else None
@@ -277,19 +287,30 @@ def with_cells(
     extras: Extras,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
-    """``forward`` of one layer, and c of all steps, in the input's layout; not with lengths."""
-    assert batch_sizes is None or x.dim() == 2
-    if keep:
-        output, states, reserve = forward(config, x, hx, weights, batch_sizes, extras, True)
-        assert reserve is not None
-        return output, states, reserve, _kept_cells(config, x, weights, reserve)
+    """``forward`` of one layer, and c of all steps, in the input's layout."""
+    time = time_of(config, x, batch_sizes)
     width = weights[0].shape[0] // spec_of(config.cell).gates * (2 if config.bidirectional else 1)
-    if x.dim() == 2 or not config.batch_first:
-        cells = x.new_empty((*x.shape[:-1], width))
-    else:
+    if x.dim() == 2:
+        cells = rows = x.new_empty((time.rows, width))
+    elif config.batch_first:
         cells = _padded_like_output(x, width)
-    output, states, _ = forward(config, x, hx, weights, batch_sizes, extras, False, cells=cells)
-    return output, states, None, cells
+        rows = cells.transpose(0, 1).view(-1, width)
+    else:
+        cells = x.new_empty((*x.shape[:2], width))
+        rows = cells.view(-1, width)
+    own = rows if time.order is None else x.new_empty((time.rows, width))
+    arguments = (config, x, hx, weights, batch_sizes, extras)
+    if keep:
+        output, states, reserve = forward(*arguments, True)
+        assert reserve is not None
+        places = plan_for(config, x, weights).stack.cells_at(time.rows)
+        parts = [reserve[at : at + time.rows * n].view(time.rows, n) for at, n in places]
+        torch.cat(parts, 1, out=own)
+    else:
+        output, states, reserve = forward(*arguments, False, cells=own)
+    if own is not rows:
+        rows.zero_().index_copy_(0, time.padded_rows(), own)
+    return output, states, reserve, cells
 
 
 def _padded_like_output(x: Tensor, width: int) -> Tensor:
@@ -297,27 +318,6 @@ def _padded_like_output(x: Tensor, width: int) -> Tensor:
     # Time-major memory, as torch.nn's; no view, which would refuse in-place changes.
     batch, steps, _ = x.shape
     return x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
-
-
-def _kept_cells(
-    config: Config,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    reserve: Tensor,
-) -> Tensor:
-    """Of one layer: c of all steps, in the input's layout, from what ``forward`` kept."""
-    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
-    parts = [
-        reserve[begin : begin + rows * width].view(rows, width)
-        for begin, width in plan_for(config, x, weights).stack.cells_at(rows)
-    ]
-    found = torch.cat(parts, 1)
-    if x.dim() == 2:
-        return found
-    first, second = x.shape[:2]
-    if config.batch_first:
-        return found.view(second, first, -1).transpose(0, 1).contiguous()
-    return found.view(first, second, -1)
 
 
 def new_reserve(config: Config, input: Tensor, weights: Sequence[Tensor], rows: Any) -> Tensor:

@@ -34,14 +34,19 @@ class Time(NamedTuple):
             return (0, 0, 0)
         return self.order.data_ptr(), self.samples, self.padded_steps
 
+    def padded_rows(self) -> Tensor:
+        """With lengths: which rows of the padded batch, one behind the other in time, exist."""
+        assert self.offsets is not None
+        assert self.order is not None
+        rows = torch.arange(self.rows, device="cpu")
+        step = torch.searchsorted(self.offsets[1:], rows, right=True)
+        return step * self.samples + self.order[rows - self.offsets[step]]
+
     def of_rows(self, extras: Extras) -> Extras:
         """With lengths: what there is one of for each row, for those that exist."""
         if self.order is None or (extras.dropout is None and extras.reset is None):
             return extras
-        assert self.offsets is not None
-        rows = torch.arange(self.rows, device="cpu")
-        step = torch.searchsorted(self.offsets[1:], rows, right=True)
-        at = step * self.samples + self.order[rows - self.offsets[step]]
+        at = self.padded_rows()
         dropout, reset = extras.dropout, extras.reset
         return extras._replace(
             dropout=None if dropout is None else dropout.flatten(1, 2).index_select(1, at),

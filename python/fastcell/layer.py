@@ -14,12 +14,20 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from .cells import NORMED_CELLS, cell_of, checked_probability, options_of, spec_of, with_delay
-from .functional import Sequences, States, run_normed, run_stack
+from .cells import (
+    NORMED_CELLS,
+    cell_of,
+    checked_probability,
+    checked_skip,
+    options_of,
+    spec_of,
+    with_delay,
+)
 from .layer_skip import run_skipping
 from .layer_states import run_all
 from .packing import clear_packed_weights
 from .small import Small
+from .stack import Sequences, States, run_normed, run_stack
 from .weight_dropout import dropped
 
 
@@ -55,21 +63,20 @@ class Layer(Swappable, torch.nn.RNNBase):
         """Attributes for what differs from the class's own, and the cell, if it has a name."""
         for name in ("recurrent_dropout", "weight_dropout"):
             checked_probability(name, options.get(name, 0.0))
-        skip = options.get("skip", 1)
-        if type(skip) is not int or skip < 1:
-            raise ValueError(f"skip must be a positive number of steps, got {skip!r}")
+        checked_skip(options.get("skip", 1), options.get("skip_beside", False))
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
-        if self.skip_beside and skip < 2:
-            raise ValueError(f"skip_beside=True takes a skip of 2 or more steps, got {skip}")
         if cell is not None:
             self._become(cell)
         if self.skip_beside:
-            with_delay(cell_of(self), skip)  # known before a call: Dynamo looks at what it reads
-            self._add_weights("weight_skip", self._rows(), self.output_size())
+            self._add_skip()
         if self.layer_norm:
             self._add_norms(cell or cell_of(self))
+
+    def _add_skip(self) -> None:
+        with_delay(cell_of(self), self.skip)  # known before a call: Dynamo looks at what it reads
+        self._add_weights("weight_skip", self._rows(), self.output_size())
 
     def _add_norms(self, cell: str) -> None:
         others = ("zoneout", "recurrent_dropout", "skip", "recompute")

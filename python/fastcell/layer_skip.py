@@ -1,31 +1,68 @@
-"""A layer's call with ``skip``: what ``skip.py`` does to a stack, between checks and layouts."""
+"""A layer's call with ``skip``: what ``skip.py`` does to a stack, between checks and layouts.
+
+Three ways: all phases of a stack at once; with the link beside, on a CPU, kernels of cells with a
+delay; else, and where two directions have resets, layer by layer and direction by direction.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import cpu, ops
 from .cells import spec_of, with_delay
 from .checks import check_tensors
 from .engines import ENGINES
-from .functional import Sequences, Sizes, States, checked_reset, refuse_sizes, run_stack
-from .layer_states import run_all
+from .layer_states import run_all, states_by_layer
 from .ragged import checked_lengths
-from .skip import gone, run_beside, run_delayed
+from .skip import Found, clear_gone, run_beside, run_delayed, turned
+from .stack import Sequences, Sizes, Stack, States, checked_reset, refuse_sizes, run_stack
 
-if TYPE_CHECKING:
-    from .layer import Layer
+
+class Skipping(Stack, Protocol):
+    """What a call reads of a layer."""
+
+    skip: int
+    skip_beside: bool
+
+    @property
+    def recurrent_dropout(self) -> float: ...
+
+
+@dataclass
+class SkippingSizes(Sizes):
+    """A :class:`Skipping` of its own."""
+
+    recurrent_dropout: float
+    skip: int
+    skip_beside: bool
+
 
 # (Dynamo does not know what a dataclass's fields are.)
 _SIZES = [field.name for field in fields(Sizes)]
 
 
+@dataclass
+class _Call:
+    """What there is beside the input and the states; time first, with a batch."""
+
+    cell: str
+    d: int
+    directions: int
+    sizes: Sizes
+    weights: list[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
+    every: bool  # whether all states are wanted
+
+
 def run_skipping(
-    layer: Layer,
+    layer: Skipping,
     cell: str,
     input: Sequences,
     states: States | None,
@@ -33,85 +70,155 @@ def run_skipping(
     reset: Sequences | None,
     weights: list[Tensor],
     every: list[Tensor] | None = None,
-) -> tuple[Tensor, States]:
+) -> tuple[Sequences, States]:
     """A call with ``skip``: the states of h are those of the ``skip`` steps before.
 
     ``every``: to be filled with all states of each kind, (L*D, T, B, .).
     """
-    if not isinstance(input, Tensor) or not isinstance(reset, Tensor | None):
-        raise ValueError("skip goes with padded input, and lengths: got a PackedSequence")
-    if reset is not None and layer.bidirectional:
-        raise ValueError("with skip, reset goes with one direction")
+    if isinstance(input, PackedSequence):
+        return _run_packed(layer, cell, input, states, lengths, reset, weights, every)
     if input.dim() not in (2, 3):
         raise ValueError(f"Expected input to be 2D or 3D, got {input.dim()}D")
-    sizes = Sizes(*[getattr(layer, name) for name in _SIZES])
-    sizes.batch_first = False
     batched = input.dim() == 3
+    if lengths is not None and not batched:
+        raise ValueError("lengths go with a padded batch of 3 dimensions, got 2-D input")
     # Time first, with a batch.
-    turned = batched and layer.batch_first
+    turn = batched and layer.batch_first
 
     def timed(t: Tensor) -> Tensor:
-        return t.transpose(0, 1) if turned else t if batched else t.unsqueeze(1)
+        return t.transpose(0, 1) if turn else t if batched else t.unsqueeze(1)
 
-    def run(
-        input: Tensor, states: States | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, States]:
-        def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
-            refuse_sizes(sizes, input, states or (), None)
-
-        if every is None:
-            found: Any = run_stack(
-                sizes, cell, input, states, weights, refuse, lengths=lengths, reset=reset
-            )
-        else:
-            *found, by_phase = run_all(sizes, cell, input, states, weights, refuse, lengths, reset)
-            every.extend(by_phase)
-        return cast(tuple[Tensor, States], found)
-
-    if layer.skip_beside and every is not None:
-        raise ValueError("return_states does not go with skip_beside")
-    if layer.skip_beside:
-        if lengths is not None:
-            raise ValueError("lengths do not go with skip_beside")
-        rows = None if reset is None else timed(checked_reset(reset, input, False))
-        output, states = _run_beside(layer, cell, timed(input), states, rows, weights, sizes)
-        return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
+    x = timed(input)
+    steps, batch, _ = x.shape
     if lengths is not None:
-        steps, batch = timed(input).shape[:2]
-        lengths = checked_lengths(lengths, batch, steps)
-    output, states = run_delayed(
-        layer.skip, 2 if layer.bidirectional else 1, timed(input), states, lengths,
-        None if reset is None else timed(checked_reset(reset, input, False)), run,
+        lengths = checked_lengths(lengths, batch, steps, x.device)
+        if not lengths.is_cpu:
+            lengths = lengths.clamp(0, steps)
+    anew = None if reset is None else timed(checked_reset(reset, input, False))
+    sizes = Sizes(*[getattr(layer, name) for name in _SIZES])
+    sizes.batch_first = False
+    _refuse(layer, cell, x, states)
+    call = _Call(
+        cell, layer.skip, 2 if layer.bidirectional else 1, sizes, weights, lengths, anew,
+        every is not None,
     )  # fmt: skip
+    if layer.training and layer.recurrent_dropout > 0:
+        # For all blocks, and all phases, the same ones.
+        shape = (layer.num_layers * call.directions, batch, layer.proj_size or layer.hidden_size)
+        sizes.recurrent_dropout = ops.recurrent_factors(x, shape, layer.recurrent_dropout)
+    native = layer.skip_beside and ENGINES.get(x.device.type) is cpu and not layer.recompute
+    if native:
+        output, finals, kinds = _by_kernels(call, x, states)
+    elif layer.skip_beside or (layer.bidirectional and (reset is not None or layer.recompute)):
+        # (Phases have resets of their own in either direction, and lengths, of which recomputation
+        # knows in one.)
+        output, finals, kinds = _one_by_one(call, layer.skip_beside, x, states)
+    else:
+        output, finals, kinds = _by_phases(call, sizes, call.directions, x, states, weights)
+    if anew is not None:
+        finals = clear_gone(finals, anew, layer.skip, lengths, call.directions)
     if every is not None:
-        steps, batch = timed(input).shape[:2]
-        in_time = [s.reshape(s.shape[0], -1, batch, s.shape[-1])[:, :steps] for s in every]
-        every[:] = [s.transpose(1, 2) if turned else s if batched else s[:, :, 0] for s in in_time]
-    return output.transpose(0, 1) if turned else output if batched else output[:, 0], states
+        every += [s.transpose(1, 2) if turn else s if batched else s[:, :, 0] for s in kinds]
+    return output.transpose(0, 1) if turn else output if batched else output[:, 0], finals
 
 
-def _run_delayed(
-    layer: Layer,
+def _refuse(layer: Skipping, cell: str, x: Tensor, states: States | None) -> None:
+    """Raise RuntimeError that names a wrong size, if any."""
+    if x.shape[-1] != layer.input_size:
+        raise RuntimeError(f"Expected input with {layer.input_size} features, got {x.shape[-1]}")
+    count, batch = layer.num_layers * (2 if layer.bidirectional else 1), x.shape[1]
+    rows = (layer.skip * batch, batch if layer.skip_beside else layer.skip * batch)
+    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)
+    for name, state, n, size in zip(("h_0", "c_0"), states or (), rows, sizes, strict=False):
+        if tuple(state.shape) != (count, n, size):
+            raise RuntimeError(
+                f"Expected {name} of size {(count, n, size)}, got {tuple(state.shape)}"
+            )
+
+
+def _run_packed(
+    layer: Skipping,
     cell: str,
+    input: PackedSequence,
+    states: States | None,
+    lengths: Tensor | None,
+    reset: Sequences | None,
+    weights: list[Tensor],
+    every: list[Tensor] | None,
+) -> tuple[PackedSequence, States]:
+    """A call on a PackedSequence: as a padded batch with lengths."""
+    if lengths is not None:
+        raise ValueError("lengths go with a padded batch of 3 dimensions, got a PackedSequence")
+    _, batch_sizes, order, back = input
+    x, ends = pad_packed_sequence(input)
+    anew = None
+    if reset is not None:
+        rows = reset.data if isinstance(reset, PackedSequence) else reset
+        rows = checked_reset(rows, input.data, False)
+        anew, _ = pad_packed_sequence(PackedSequence(rows, batch_sizes, order, back))
+    if layer.batch_first:  # of which packed rows know nothing
+        layer = SkippingSizes(*[getattr(layer, field.name) for field in fields(SkippingSizes)])
+        layer.batch_first = False
+    output, finals = run_skipping(layer, cell, x, states, ends, anew, weights, every)
+    assert isinstance(output, Tensor)
+    alive = torch.arange(x.shape[1])[None] < batch_sizes[:, None]
+    step, rank = [index.to(x.device) for index in alive.nonzero(as_tuple=True)]
+    sample = rank if order is None else order[rank]
+    if every is not None:
+        every[:] = [s[:, step, sample] for s in every]
+    return PackedSequence(output[step, sample], batch_sizes, order, back), finals
+
+
+def _run(
+    call: _Call,
+    sizes: Sizes,
+    weights: Sequence[Tensor],
     input: Tensor,
     states: States | None,
+    lengths: Tensor | None,
     reset: Tensor | None,
-    weights: list[Tensor],
-) -> tuple[Tensor, States]:
-    """By the kernels of cells with a delay; ``states`` as ``skip.py`` has them."""
-    d, directions = layer.skip, 2 if layer.bidirectional else 1
-    steps, batch, features = input.shape
-    if features != layer.input_size:
-        raise RuntimeError(f"Expected input with {layer.input_size} features, got {features}")
-    each = len(weights) // (layer.num_layers * directions)
-    own = [w for i, w in enumerate(weights) if i % each < each - 1]
-    spec = spec_of(cell)
-    check_tensors(
-        input, states, own, steps, spec, layer.input_size, layer.hidden_size, layer.proj_size,
-        layer.num_layers, directions, layer.bias,
+) -> Found:
+    """Some of the call's layers without a delay."""
+
+    def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
+        refuse_sizes(sizes, input, states or (), None)
+
+    arguments = (sizes, call.cell, input, states, weights, refuse)
+    if call.every:
+        output, finals, every = run_all(*arguments, lengths, reset)
+        return cast(Tensor, output), finals, every
+    output, finals = run_stack(*arguments, lengths=lengths, reset=reset)
+    return cast(Tensor, output), finals, ()
+
+
+def _by_phases(
+    call: _Call,
+    sizes: Sizes,
+    directions: int,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+) -> Found:
+    if isinstance(sizes.recurrent_dropout, Tensor):
+        sizes = replace(sizes, recurrent_dropout=sizes.recurrent_dropout.repeat(1, call.d, 1))
+    return run_delayed(
+        call.d, directions, input, states, call.lengths, call.reset,
+        lambda *own: _run(call, sizes, weights, *own),
     )  # fmt: skip
-    expected = (spec.gates * layer.hidden_size, layer.output_size())
-    for w in weights[each - 1 :: each]:
+
+
+def _by_kernels(call: _Call, input: Tensor, states: States | None) -> Found:
+    """By the kernels of cells with a delay."""
+    sizes, directions = call.sizes, call.directions
+    each = len(call.weights) // (sizes.num_layers * directions)
+    own = [w for i, w in enumerate(call.weights) if i % each < each - 1]
+    spec = spec_of(call.cell)
+    check_tensors(
+        input, states, own, input.shape[0], spec, sizes.input_size, sizes.hidden_size,
+        sizes.proj_size, sizes.num_layers, directions, sizes.bias,
+    )  # fmt: skip
+    expected = (spec.gates * sizes.hidden_size, sizes.proj_size or sizes.hidden_size)
+    for w in call.weights[each - 1 :: each]:
         if not isinstance(w, Tensor):
             raise TypeError(f"weight_skip must be a Tensor, got {type(w).__name__}")
         if w.shape != expected or w.dtype is not own[0].dtype or w.device != own[0].device:
@@ -119,77 +226,79 @@ def _run_delayed(
                 f"weight_skip must be {own[0].dtype} of size {expected} on {own[0].device}, got "
                 f"{w.dtype} of size {tuple(w.shape)} on {w.device}"
             )
-    output, (h, *rest) = ops.sequence(
-        with_delay(cell, d), input, states, weights, None, num_layers=layer.num_layers,
-        bidirectional=layer.bidirectional, bias=layer.bias, batch_first=False,
-        dropout=layer.dropout, training=layer.training,
-        recurrent_dropout=layer.recurrent_dropout, reset=reset,
-    )  # fmt: skip
-    if reset is not None:
-        h = h.masked_fill(gone(reset, d, torch.full((batch,), steps, device=reset.device)), 0)
-    return output, (h, *rest)
+    lengths = call.lengths
+    if lengths is not None:
+        # (A copy: the backward call reads them again, whatever the caller has done.)
+        lengths = lengths.clone(memory_format=torch.contiguous_format)
+    options: dict[str, Any] = {
+        name: getattr(sizes, name)
+        for name in ("num_layers", "bidirectional", "bias", "batch_first", "dropout", "training",
+                     "recurrent_dropout")
+    }  # fmt: skip
+    arguments = (with_delay(call.cell, call.d), input, states, call.weights, lengths)
+    if not call.every:
+        output, finals = ops.sequence(*arguments, reset=call.reset, **options)
+        return output, finals, ()
+    outputs, cells, finals = ops.all_states(*arguments, reset=call.reset, **options)
+    kinds = [states_by_layer(kind, directions) for kind in (outputs, cells) if kind]
+    return outputs[-1], finals, kinds
 
 
-def _run_beside(
-    layer: Layer,
-    cell: str,
-    input: Tensor,
-    states: States | None,
-    reset: Tensor | None,
-    weights: list[Tensor],
-    sizes: Sizes,
-) -> tuple[Tensor, States]:
-    """The same with h_{t-1} besides: by kernels of their own on a CPU, elsewhere block by block,
-    layer by layer, direction by direction.
-    """
-    d, directions, output = layer.skip, 2 if layer.bidirectional else 1, layer.output_size()
-    count, each = layer.num_layers * directions, len(weights) // (layer.num_layers * directions)
-    batch = input.shape[1]
-    shapes = [(count, d * batch, output), (count, batch, layer.hidden_size)]
-    for name, state, shape in zip(("h_0", "c_0"), states or (), shapes, strict=False):
-        if tuple(state.shape) != shape:
-            raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(state.shape)}")
-    if ENGINES.get(input.device.type) is cpu and not sizes.recompute:
-        return _run_delayed(layer, cell, input, states, reset, weights)
+def _one_by_one(call: _Call, beside: bool, input: Tensor, states: States | None) -> Found:
+    """Layer by layer and direction by direction; a reverse one with time turned round."""
+    d, directions, sizes = call.d, call.directions, call.sizes
+    batch, count = input.shape[1], sizes.num_layers * directions
+    each, lengths = len(call.weights) // count, call.lengths
     one = replace(sizes, num_layers=1, bidirectional=False, dropout=0.0)
-    pasts, finals = [], []
-    outputs: list[Tensor] = []
+    found: list[Found] = []
     for k in range(count):
-        if k % directions == 0:
-            if k:
-                input = torch.cat(outputs, -1)
-                input = torch.nn.functional.dropout(input, layer.dropout, layer.training)
-            outputs = []
-        *own, w_skip = weights[k * each : (k + 1) * each]
-        own[0] = torch.cat((own[0], w_skip), 1)
-        one.input_size = own[0].shape[1]
-        past = input.new_zeros(shapes[0][1:]) if states is None else states[0][k]
-        past = past.view(d, batch, output)
-        before = None
-        if states is not None:
-            before = (past[-1][None], *[s[k : k + 1] for s in states[1:]])
-
-        def run(
-            input: Tensor, states: States | None, _: Tensor | None, reset: Tensor | None,
-            own: list[Tensor] = own,
-        ) -> tuple[Tensor, States]:  # fmt: skip
-            def refuse(input: Tensor, states: States | None, _: Tensor | None) -> None:
-                refuse_sizes(one, input, states or (), None)
-
-            found = run_stack(one, cell, input, states, own, refuse, reset=reset)
-            return cast(tuple[Tensor, States], found)
-
-        # A reverse direction is the same with time turned round: its states nearest first.
+        if k % directions == 0 and k:
+            input = torch.cat([output for output, *_ in found[-directions:]], -1)
+            input = torch.nn.functional.dropout(input, sizes.dropout, sizes.training)
+        one.input_size = input.shape[-1]
+        if isinstance(sizes.recurrent_dropout, Tensor):
+            one.recurrent_dropout = sizes.recurrent_dropout[k : k + 1]
         back = k % directions == 1
-        rows = input.flip(0) if back else input
-        anew = reset.flip(0) if back and reset is not None else reset
-        past = past.flip(0) if back else past
-        if back and before is not None:
-            before = (past[-1][None], *before[1:])
-        found, past, final = run_beside(d, rows, past, before, anew, run)
-        outputs.append(found.flip(0) if back else found)
-        past = past.flip(0) if back else past
-        pasts.append(past.reshape(d * batch, output))
-        finals.append(final[1:])
-    rest = [torch.cat(parts) for parts in zip(*finals, strict=True)]
-    return torch.cat(outputs, -1), (torch.stack(pasts), *rest)
+
+        def turn(t: Tensor, back: bool = back) -> Tensor:
+            return turned(t, lengths) if back else t
+
+        def in_order(s: Tensor, back: bool = back) -> Tensor:
+            """Of d steps' states those the other way round."""
+            several = back and s.shape[1] == d * batch
+            return s.reshape(1, d, batch, -1).flip(1).flatten(1, 2) if several else s
+
+        own = call.weights[k * each : (k + 1) * each]
+        before = None if states is None else tuple([in_order(s[k : k + 1]) for s in states])
+        part = replace(call, reset=None if call.reset is None else turn(call.reset))
+        if beside:
+            output, finals, kinds = _beside(part, one, turn(input), before, own)
+        else:
+            output, finals, kinds = _by_phases(part, one, 1, turn(input), before, own)
+        kinds = [turn(kind[0])[None] for kind in kinds]
+        found.append((turn(output), tuple([in_order(s) for s in finals]), kinds))
+    outputs, finals, every = zip(*found, strict=True)
+    return (
+        torch.cat(outputs[-directions:], -1),
+        tuple([torch.cat(parts) for parts in zip(*finals, strict=True)]),
+        [torch.cat(kinds) for kinds in zip(*every, strict=True)],
+    )
+
+
+def _beside(
+    call: _Call, sizes: Sizes, input: Tensor, states: States | None, weights: Sequence[Tensor]
+) -> Found:
+    """One layer of one direction with the link beside, block by block."""
+    *own, w_skip = weights
+    own[0] = torch.cat((own[0], w_skip), 1)
+    sizes = replace(sizes, input_size=own[0].shape[1])
+    d, batch = call.d, input.shape[1]
+    if states is None:
+        past = input.new_zeros((d, batch, w_skip.shape[1]))
+    else:
+        past = states[0].reshape(d, batch, w_skip.shape[1])
+        states = (past[-1:], *states[1:])
+    return run_beside(
+        d, input, states, call.lengths, call.reset, past,
+        lambda *part: _run(call, sizes, own, *part),
+    )  # fmt: skip

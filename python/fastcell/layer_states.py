@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .cells import spec_of
 from .checks import check_tensors
-from .functional import Refuse, Sequences, Stack, States, run_stack
+from .stack import Refuse, Sequences, Stack, States, run_stack, takes_lengths
 
 
 def run_all(
@@ -72,13 +73,16 @@ def run_all(
         # Whatever is done to the output's rows is done to all states.
         return torch.cat([*outputs, *cells], -1), finals
 
-    plain = isinstance(input, Tensor) and input.dim() == 3 and lengths is None
+    plain = isinstance(input, Tensor) and input.dim() == 3
+    if plain and isinstance(lengths, Tensor):
+        plain = takes_lengths(layer, cast(Tensor, input), lengths, normed)
     aside: list[list[Tensor]] = []
     wide, finals = run_stack(
-        layer, cell, input, states, weights, refuse, launch, lengths=lengths, reset=reset
-    )
+        layer, cell, input, states, weights, refuse, launch, lengths=lengths, reset=reset,
+        rows_alone=normed,
+    )  # fmt: skip
     if plain:
-        return wide, finals, tuple([_by_layer(kind, directions) for kind in aside])
+        return wide, finals, tuple([states_by_layer(kind, directions) for kind in aside])
     count = layer.num_layers * directions
     sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: len(finals)]
 
@@ -98,7 +102,7 @@ def run_all(
     return packed, finals, tuple(all_states)
 
 
-def _by_layer(states: list[Tensor], directions: int) -> Tensor:
+def states_by_layer(states: list[Tensor], directions: int) -> Tensor:
     """Of each layer (T, B, D * n) -> (L*D, T, B, n)."""
     parts = []
     for s in states:

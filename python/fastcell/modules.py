@@ -14,18 +14,15 @@ from torch import Tensor
 from .cells import (
     cell_of,
     checked_alpha,
+    checked_skip,
     gru_cell,
     independent_cell,
     lstm_cell,
     rnn_cell,
 )
 from .checks import autocast_enabled
-from .functional import (
-    Sequences,
-    States,
-    two_states,
-)
 from .layer import HiddenLayer, Layer, forward_of
+from .stack import Sequences, States, two_states
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN", "LeakyRNN"]
 
@@ -53,10 +50,10 @@ class RNN(HiddenLayer):
             call (DropConnect; Merity et al. 2017).
         skip: the delay d of the recurrent links: h_t sees h_{t-d} in place of h_{t-1} (dilated;
             Chang et al. 2017). The states, given and returned, are then those of d steps, oldest
-            first (of the reverse direction nearest first): (L*D, d*B, H). Not for packed input.
+            first (of the reverse direction nearest first): (L*D, d*B, H).
         skip_beside: h_t sees h_{t-d} beside h_{t-1}, through ``weight_skip_l*`` (shaped as
             ``weight_hh_l*``; Lin et al. 1996). h is then given and returned for d steps, and an
-            LSTM's c for one. Not for lengths.
+            LSTM's c for one.
         recompute: train with O(sqrt(T)) memory: a backward pass computes again what it needs, in
             segments of the sequence, which takes another forward pass. Also an attribute. With two
             directions the layers' outputs are kept, and input is not packed. Has no effect under
@@ -195,13 +192,25 @@ class LeakyRNN(RNN):
         ) -> None:
             if kwargs.pop("zoneout", 0.0):
                 raise ValueError("leaky units have no zoneout: alpha keeps a part of h already")
+            beside = kwargs.pop("skip_beside", False)
+            checked_skip(kwargs.get("skip", 1), beside)
             super().__init__(*args, **kwargs)
             count = self.num_layers * (2 if self.bidirectional else 1)
             self._alpha = checked_alpha(alpha, count, self.hidden_size)
             self.learn_alpha = learn_alpha
             self._become("leaky_" + self.nonlinearity)
-            for own in self._all_weights:
-                self._parameters[own[-1]].requires_grad_(learn_alpha)
+            for leak in self._leaks():
+                leak.requires_grad_(learn_alpha)
+            if beside:
+                self.skip_beside = True
+                self._add_skip()
+
+    def _leaks(self) -> list[Tensor]:
+        """``weight_leak_l*`` of each layer and direction."""
+        names = [
+            name for own in self._all_weights for name in own if name.startswith("weight_leak")
+        ]
+        return [self.get_parameter(name) for name in names]
 
     def reset_parameters(self) -> None:
         """As torch.nn.RNN, and the alphas as they were given."""
@@ -210,8 +219,8 @@ class LeakyRNN(RNN):
             return  # torch.nn's constructor, which knows of no alphas
         alphas = cast(Tensor, self._alpha)
         with torch.no_grad():
-            for own, alpha in zip(self._all_weights, alphas, strict=True):
-                self.get_parameter(own[-1]).copy_(alpha[None])
+            for leak, alpha in zip(self._leaks(), alphas, strict=True):
+                leak.copy_(alpha[None])
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", learn_alpha=True" if self.learn_alpha else "")

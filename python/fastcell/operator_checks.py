@@ -56,8 +56,6 @@ def check(
     if batch_sizes is not None and x.dim() == 3:
         _check_lengths(x, batch_sizes, config.batch_first)
         packed = False
-    if batch_sizes is not None and delay_of(config.cell):
-        raise RuntimeError("a delay goes with padded batches without lengths")
     if delay_of(config.cell) and engine_of(x) is not cpu:
         raise RuntimeError(f"there are no kernels with a delay on {x.device}")
     if x.dim() != (2 if packed else 3):

@@ -36,7 +36,7 @@ from . import (
 from . import recompute as segments
 from .all_states import layer_with_cells
 from .autograd import differentiable
-from .cells import NARROW_CELLS, options_of, remembered_of, spec_of
+from .cells import NARROW_CELLS, options_of, spec_of
 from .engines import engine_of, why_no_kernels
 from .normed import engine as normed_engine
 from .normed import split as split_norms
@@ -66,7 +66,7 @@ def sequence(
     training: bool,
     single_step: bool = False,
     recompute: bool = False,
-    recurrent_dropout: float = 0.0,
+    recurrent_dropout: float | Tensor = 0.0,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack of recurrent layers over a sequence.
@@ -81,7 +81,7 @@ def sequence(
         recompute: keep little for the backward pass (``recompute.py``), where the kernels are
             called directly.
         recurrent_dropout: probability with which h_{t-1} is zeroed in the recurrent products, unit
-            by unit and for all steps alike, if ``training``.
+            by unit and for all steps alike, if ``training``; or the factors of it, (L*D, B, P).
         reset: bool on the input's device, (T, B) or packed (rows,): before which steps a sample's
             states become zero.
 
@@ -195,7 +195,7 @@ def _with_cells(
     training: bool,
     *,
     bias: bool,
-    recurrent_dropout: float,
+    recurrent_dropout: float | Tensor,
     reset: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     result_dtype = None
@@ -441,15 +441,18 @@ def _extras(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     dropout: float,
-    recurrent_dropout: float,
+    recurrent_dropout: float | Tensor,
     reset: Tensor | None,
     training: bool,
 ) -> Extras:
     """What a call draws, from torch's generator, and ``reset``."""
     recurrent = seed = None
     masks = _dropout_masks(config, input, weights, dropout) if dropout > 0 else None
-    if training and recurrent_dropout > 0:
-        recurrent = _recurrent_masks(config, input, weights, batch_sizes, recurrent_dropout)
+    if isinstance(recurrent_dropout, Tensor):
+        recurrent = recurrent_dropout
+    elif training and recurrent_dropout > 0:
+        h, *_ = composite.zero_states(config, input, weights, batch_sizes)
+        recurrent = recurrent_factors(input, h.shape, recurrent_dropout)
     if training and any(options_of(config.cell).zoneout):
         seed = _seed(input)
     if masks is None and recurrent is None and reset is None and seed is None:
@@ -480,16 +483,8 @@ def _dropout_masks(
     return masks
 
 
-def _recurrent_masks(
-    config: Config,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    probability: float,
-) -> Tensor:
+def recurrent_factors(input: Tensor, shape: Sequence[int], probability: float) -> Tensor:
     """The factors of h_{t-1}, (L*D, B, P): one draw per sample and unit for all steps."""
-    h, *_ = composite.zero_states(config, input, weights, batch_sizes)
-    shape = (h.shape[0], h.shape[1] // remembered_of(config.cell), h.shape[2])
     ones = input.new_ones(shape, dtype=_factors_dtype(input))
     return torch.nn.functional.dropout(ones, probability)
 

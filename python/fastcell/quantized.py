@@ -20,8 +20,8 @@ from torch.nn import Module
 from . import cpu, operator_checks, operators
 from .cells import CELL_OF_MODE, CELLS, cell_of
 from .convert import survey
-from .functional import Sequences, States, refuse_sizes, run_stack, two_states
 from .plan import NO_EXTRAS, Config
+from .stack import Sequences, States, refuse_sizes, run_stack, two_states
 
 __all__ = ["QuantizedCell", "QuantizedLayer", "quantize"]
 

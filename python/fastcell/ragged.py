@@ -1,9 +1,8 @@
 """Padded batches whose samples end at lengths of their own.
 
 The kernels read lengths where the input is: those on a GPU stay there, and nothing waits for the
-device. For what takes rows alone (layer normalisation and all states on a CPU, recomputation), and
-for lengths on the CPU of input on a GPU, the rows that exist are picked out, run as packed ones,
-and put back.
+device. For what takes rows alone (layer normalisation on a CPU, recomputation), and for lengths on
+the CPU of input on a GPU, the rows that exist are picked out, run as packed ones, and put back.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ States = tuple[Tensor, ...]
 RunPacked = Callable[[Tensor, States | None, Tensor, Tensor | None], tuple[Tensor, States]]
 
 
-def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
+def checked_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
     """``lengths`` as int64, after refusing what no lengths of a (steps, batch) input can be.
 
     Values on a GPU are not looked at: one above ``steps`` counts as ``steps`` there, one below 0 as
@@ -31,12 +30,17 @@ def checked_lengths(lengths: Tensor, batch: int, steps: int) -> Tensor:
     Raises:
         TypeError: not a tensor of integers.
         ValueError: not one per sample, or (on the CPU) a value below 0 or above ``steps``.
+        RuntimeError: neither on the CPU nor on ``device``, the input's.
     """
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths must be a tensor of integers, got {got}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+    if not lengths.is_cpu and lengths.device != device:
+        raise RuntimeError(
+            f"lengths must be on the CPU or the input's device, got {lengths.device} and {device}"
+        )
     lengths = lengths.long()  # in 8 bits a number of steps may not exist
     values = values_of(lengths)
     if values and (min(values) < 0 or max(values) > steps):

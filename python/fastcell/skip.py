@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 States = tuple[Tensor, ...]
-# (input (T, B, I), states or None, lengths or None, reset or None) -> (output, final states)
-Run = Callable[
-    [Tensor, States | None, Tensor | None, Tensor | None], tuple[Tensor, Sequence[Tensor]]
-]
+# Output, final states, and, if they are wanted, all states of each kind, (L*D, T, B, .).
+Found = tuple[Tensor, States, Sequence[Tensor]]
+# (input (T, B, I), states or None, lengths or None, reset or None) -> what was found
+Run = Callable[[Tensor, States | None, Tensor | None, Tensor | None], Found]
 
 
 def run_delayed(
@@ -34,21 +34,20 @@ def run_delayed(
     lengths: Tensor | None,
     reset: Tensor | None,
     run: Run,
-) -> tuple[Tensor, States]:
+) -> Found:
     """A stack whose recurrent links have a delay of ``d`` steps and no other.
 
     ``input`` (T, B, I); ``states``, and those returned: (L*D, d*B, .), of the d steps before,
-    oldest first (of a reverse direction those after, nearest first).
+    oldest first (of a reverse direction those after, nearest first). ``reset`` with one direction.
     """
     steps, batch, _ = input.shape
     count = -(-steps // d)
     phase = torch.arange(d, device=input.device if lengths is None else lengths.device)
-    ends = torch.full((batch,), steps, device=phase.device) if lengths is None else lengths
+    ends = _ends(lengths, steps, batch, phase.device)
     own: Tensor | None = None
     if lengths is not None or steps % d:
         own = ((ends + d - 1 - phase[:, None]) // d).clamp(min=0).reshape(d * batch)
     input = _phases(input, d, count)
-    cleared = None if reset is None else gone(reset, d, ends.to(reset.device))
     if reset is not None:  # the first step of each phase from there on
         reset = _phases(_lately(reset, d), d, count)
     # State j of sample b is phase (end_b + j) % d where a pass meets the sample's end.
@@ -58,10 +57,86 @@ def run_delayed(
     order = order.to(input.device)
     if states is not None:
         states = tuple([_at_the_end(s, order, directions, 1, True) for s in states])
-    output, finals = run(input, states, own, reset)
+    output, finals, every = run(input, states, own, reset)
     output = output.reshape(count * d, batch, output.shape[-1])[:steps]
     states = tuple([_at_the_end(s, order, directions, 0, False) for s in finals])
-    return output, states if cleared is None else tuple([s.masked_fill(cleared, 0) for s in states])
+    in_time = [s.reshape(s.shape[0], -1, batch, s.shape[-1])[:, :steps] for s in every]
+    return output, states, in_time
+
+
+def run_beside(
+    d: int,
+    input: Tensor,
+    states: States | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    past: Tensor,
+    run: Run,
+) -> Found:
+    """A layer of one direction, whose input is followed by h_{t-d}: block by block.
+
+    ``input`` (T, B, I); ``past`` (d, B, P): h of the d steps before, oldest first; ``states``: what
+    the first step sees. Of the final states the first is such a ``past``, as (1, d*B, P).
+    """
+    steps, batch, _ = input.shape
+    ends = _ends(lengths, steps, batch, past.device)
+    known = None if reset is None else ~_lately(reset, d)[:, :, None]
+    h, every = [past], []
+    for begin in range(0, steps, d):
+        block = slice(begin, min(begin + d, steps))
+        # What the block's steps see: h of the block before, whose first are as many steps ago.
+        seen = h[-1][: block.stop - begin]
+        if known is not None:
+            seen = seen * known[block]
+        joined = torch.cat((input[block], seen), -1)
+        own = None if lengths is None else (lengths - begin).clamp(0, block.stop - begin)
+        output, states, kinds = run(joined, states, own, None if reset is None else reset[block])
+        h.append(output)
+        every.append(kinds)
+    all_h = torch.cat(h)
+    last = ends + torch.arange(d, device=ends.device)[:, None]  # among all_h
+    past = all_h.gather(0, last[:, :, None].expand(-1, -1, all_h.shape[-1]))
+    assert states is not None
+    finals = (past.reshape(1, d * batch, -1), *states[1:])
+    return all_h[d:], finals, [torch.cat(kind, 1) for kind in zip(*every, strict=True)]
+
+
+def clear_gone(
+    states: Sequence[Tensor], reset: Tensor, d: int, lengths: Tensor | None, directions: int
+) -> States:
+    """Final states (L*D, d*B, .) without those from before a sample's last reset.
+
+    What there is of one step alone is as it was: there no such state can be left.
+    """
+    steps, batch = reset.shape
+    ends = _ends(lengths, steps, batch, reset.device)
+    times = torch.arange(steps, device=reset.device)[:, None]
+    resets, state = reset & (times < ends), torch.arange(d, device=reset.device)[:, None]
+    gone = [ends - d + state < torch.where(resets, times, -d - 1).amax(0)]
+    if directions == 2:  # whose states are those of the first d steps
+        gone.append(state > torch.where(resets, times, steps + d).amin(0))
+    mask = torch.stack(gone).view(1, directions, d * batch, 1)
+    cleared = []
+    for s in states:
+        if s.shape[1] == d * batch:
+            s = s.reshape(-1, directions, *s.shape[1:]).masked_fill(mask, 0).flatten(0, 1)
+        cleared.append(s)
+    return tuple(cleared)
+
+
+def turned(t: Tensor, lengths: Tensor | None) -> Tensor:
+    """(T, B, ...) with each sample's steps in the opposite order, and its padding where it was."""
+    if lengths is None:
+        return t.flip(0)
+    times = torch.arange(t.shape[0], device=t.device)[:, None]
+    ends = lengths.to(t.device)
+    index = torch.where(times < ends, ends - 1 - times, times)
+    return t.gather(0, index.view(*index.shape, *[1] * (t.dim() - 2)).expand(t.shape))
+
+
+def _ends(lengths: Tensor | None, steps: int, batch: int, device: torch.device) -> Tensor:
+    """The steps of each sample."""
+    return torch.full((batch,), steps, device=device) if lengths is None else lengths.to(device)
 
 
 def _lately(reset: Tensor, d: int) -> Tensor:
@@ -69,14 +144,6 @@ def _lately(reset: Tensor, d: int) -> Tensor:
     steps = reset.shape[0]
     shifted = [torch.nn.functional.pad(reset, (0, 0, i, 0))[:steps] for i in range(d)]
     return torch.stack(shifted).any(0)
-
-
-def gone(reset: Tensor, d: int, ends: Tensor) -> Tensor:
-    """(d*B, 1): which of the states of the last d steps are from before the last reset."""
-    times = torch.arange(reset.shape[0], device=reset.device)[:, None]
-    last = torch.where(reset & (times < ends), times, -d - 1).amax(0)
-    at = ends - d + torch.arange(d, device=reset.device)[:, None]
-    return (at < last).view(-1, 1)
 
 
 def _phases(t: Tensor, d: int, count: int) -> Tensor:
@@ -99,36 +166,3 @@ def _at_the_end(
     parts = list(layers.unbind(1))
     parts[direction] = parts[direction].index_select(1, order)
     return torch.stack(parts, 1).view(states.shape)
-
-
-def run_beside(
-    d: int,
-    input: Tensor,
-    past: Tensor,
-    states: States | None,
-    reset: Tensor | None,
-    run: Run,
-) -> tuple[Tensor, Tensor, States]:
-    """A layer of one direction, whose input is followed by h_{t-d}.
-
-    ``input`` (T, B, I); ``past`` (d, B, P): h of the d steps before, oldest first. Returns the
-    output, the next ``past`` and the final states.
-    """
-    steps, batch, _ = input.shape
-    known = None if reset is None else ~_lately(reset, d)[:, :, None]
-    begin, outputs, before = 0, [], past
-    while begin < steps:
-        end = min(begin + d, steps)
-        block, seen = slice(begin, end), before[: end - begin]
-        if known is not None:
-            seen = seen * known[block]
-        joined = torch.cat((input[block], seen), -1)
-        output, finals = run(joined, states, None, None if reset is None else reset[block])
-        states, begin = tuple(finals), end
-        outputs.append(output)
-        before = torch.cat((before[output.shape[0] :], output))
-    if reset is not None:
-        ends = torch.full((batch,), steps, device=reset.device)
-        before = before.masked_fill(gone(reset, d, ends).view(d, batch, 1), 0)
-    assert states is not None
-    return torch.cat(outputs), before, states

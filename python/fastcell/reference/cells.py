@@ -88,6 +88,7 @@ class Cell(ABC):
     projects: ClassVar[bool] = False  # whether it accepts weight_hr
     recurrent: ClassVar[bool] = True  # whether there is a matrix U; else gh is d alone
     masks: ClassVar[bool] = True  # whether what U multiplies may have a mask
+    takes_q: ClassVar[bool] = False  # whether a step takes that too, as one more state
     own: ClassVar[tuple[str, int]] = ("", 0)  # name and rows of a weight of H columns beside these
 
     def __init__(self, name: str, options: Options | None = None, general: bool = False) -> None:
@@ -378,51 +379,49 @@ class GRU(Cell):
 class GRUBefore(GRU):
     """``GRU`` with the reset gate before the recurrent product. As there, but
 
-        s = r * h'    n = φ(gx_n + s U_nᵀ + d_n)        of gh, its r and z blocks alone are used
+        s = r * q    n = φ(gx_n + s U_nᵀ + d_n)         of gh, its r and z blocks alone are used
 
-        ds = da_n U_n    da_r = ds * h' * r(1 - r)
+        ds = da_n U_n    da_r = ds * q * r(1 - r)
         dgx = [da_r da_z da_n]    dgh = [da_r da_z 0]    dU_n = Σ da_nᵀ s    dd = Σ dgx
-        dh' = dh * z + ds * r + dgh U
+        dh' = dh * z    dq = ds * r + dgh U
+
+    q is h', or what a mask leaves of it (sequence.py).
 
     Source: Cho et al., arXiv:1406.1078 (2014).
     """
 
-    masks = False  # s is made of h', not of what the first product takes
+    takes_q = True
 
     def step(self, gx: Array, gh: Array, states: Sequence[Array], w: Weights) -> Step:
-        (h_prev,) = states
+        h_prev, q = states
         gx_r, gx_z, gx_n = blocks(gx, 3)
         u_r, u_z, _ = blocks(gh, 3)
         r, z = sigmoid(gx_r + u_r), sigmoid(gx_z + u_z)
         size, bias = h_prev.shape[1], w.get("bias_hh")
-        own = linear(
-            r * h_prev, w["weight_hh"][2 * size :], None if bias is None else bias[2 * size :]
-        )
+        own = linear(r * q, w["weight_hh"][2 * size :], None if bias is None else bias[2 * size :])
         n = ACTIVATIONS[self.options.activation].apply(gx_n + own)
-        return [z * h_prev + (1 - z) * n], (h_prev, r, z, n)
+        return [z * h_prev + (1 - z) * n], (h_prev, q, r, z, n)
 
     def step_backward(
         self, grads: Sequence[Array], saved: tuple[Array, ...], w: Weights
     ) -> StepBackward:
         (grad_h,) = grads
-        h_prev, r, z, n = saved
+        h_prev, q, r, z, n = saved
         grad_z = grad_h * (h_prev - n) * z * (1 - z)
         grad_n = ACTIVATIONS[self.options.activation].backward(grad_h * (1 - z), n)
         grad_s = grad_n @ w["weight_hh"][2 * h_prev.shape[1] :]
-        grad_r = grad_s * h_prev * r * (1 - r)
-        return [grad_h * z + grad_s * r], {
+        grad_r = grad_s * q * r * (1 - r)
+        return [grad_h * z, grad_s * r], {
             "gx": np.concatenate([grad_r, grad_z, grad_n], axis=1),
             "gh": np.concatenate([grad_r, grad_z, np.zeros_like(grad_n)], axis=1),
-            "h_prev": h_prev,
-            "s": r * h_prev,
+            "q": q,
+            "s": r * q,
         }
 
     def weight_gradients(self, factors: Mapping[str, Array], w: Weights) -> dict[str, Array]:
         size = factors["s"].shape[1]
         of_gates, of_n = factors["gx"][:, : 2 * size], factors["gx"][:, 2 * size :]
-        found = {
-            "weight_hh": np.concatenate([of_gates.T @ factors["h_prev"], of_n.T @ factors["s"]])
-        }
+        found = {"weight_hh": np.concatenate([of_gates.T @ factors["q"], of_n.T @ factors["s"]])}
         if "bias_hh" in w:
             found["bias_hh"] = factors["gx"].sum(axis=0)
         return found

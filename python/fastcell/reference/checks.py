@@ -24,13 +24,19 @@ def check_input(x: ArrayLike) -> Array:
 
 
 def check_weights(
-    cell: Cell, weights: Sequence[ArrayLike], x: Array, num_layers: int, directions: int, bias: bool
+    cell: Cell,
+    weights: Sequence[ArrayLike],
+    x: Array,
+    num_layers: int,
+    directions: int,
+    bias: bool,
+    skip_beside: bool,
 ) -> tuple[Sizes, list[Weights]]:
     """Sizes of the first layer, and the weights by name for each layer and direction."""
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     count = num_layers * directions
-    plain = len(cell.weight_shapes(Sizes(1, 1, 0, bias)))
+    plain = len(cell.weight_shapes(Sizes(1, 1, 0, bias))) + skip_beside
     accepted = [plain, plain + 1] if cell.projects else [plain]
     if len(weights) not in [count * n for n in accepted]:
         raise ValueError(
@@ -43,7 +49,7 @@ def check_weights(
     # weight_hh and, with a projection, weight_hr tell H and P; all else follows from them and x.
     projection = 0
     if per_layer > plain:
-        projected = arrays[per_layer - 1 - (cell.own[1] > 0)]
+        projected = arrays[per_layer - 1 - (cell.own[1] > 0) - skip_beside]
         if projected.ndim != 2 or not projected.size:
             raise ValueError(
                 "weight_hr_l0 must have shape (P, H) with H and P at least 1, "
@@ -65,7 +71,10 @@ def check_weights(
         sizes = first if layer == 0 else first._replace(input=directions * first.output)
         named: dict[str, Array] = {}
         own = arrays[index * per_layer : (index + 1) * per_layer]
-        for (name, shape), weight in zip(cell.weight_shapes(sizes).items(), own, strict=True):
+        shapes = cell.weight_shapes(sizes)
+        if skip_beside:
+            shapes["weight_skip"] = (cell.gates * sizes.hidden, sizes.output)
+        for (name, shape), weight in zip(shapes.items(), own, strict=True):
             full_name = f"{name}_l{layer}{'_reverse' if direction else ''}"
             named[name] = _check_array(full_name, weight, shape, x)
         by_name.append(named)
@@ -73,10 +82,17 @@ def check_weights(
 
 
 def check_states(
-    cell: Cell, states: Sequence[ArrayLike] | None, x: Array, count: int, batch: int, sizes: Sizes
+    cell: Cell,
+    states: Sequence[ArrayLike] | None,
+    x: Array,
+    count: int,
+    batch: int,
+    sizes: Sizes,
+    several: Sequence[int],
 ) -> list[Array]:
-    """The initial states, each (L*D, B, size)."""
-    shapes = [(count, batch, size) for size in cell.state_sizes(sizes)]
+    """The initial states, each (L*D, B, size), or as many steps' below each other."""
+    widths = cell.state_sizes(sizes)
+    shapes = [(count, n * batch, size) for n, size in zip(several, widths, strict=False)]
     if states is None:
         return [np.zeros(shape, x.dtype) for shape in shapes]
     return _check_list("states", states, shapes, x)
@@ -113,6 +129,13 @@ def check_options(cell: Cell, options: Options | None) -> Cell:
         if name not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return cell.having(Options(*options))
+
+
+def check_skip(skip: int, beside: bool) -> None:
+    """skip is a number of steps; beside the last one it is another one."""
+    if type(skip) is not int or skip < 1 + beside:
+        least = "2 or more, with skip_beside" if beside else "1 or more"
+        raise ValueError(f"skip must be an integer of {least}, got {skip!r}")
 
 
 def check_reset(reset: ArrayLike | None, steps: int, batch: int) -> NDArray[np.bool_] | None:

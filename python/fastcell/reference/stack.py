@@ -24,6 +24,7 @@ from .checks import (
     check_options,
     check_recurrent_masks,
     check_reset,
+    check_skip,
     check_states,
     check_weights,
 )
@@ -73,6 +74,8 @@ def forward(
     reset: ArrayLike | None = None,
     recurrent_masks: ArrayLike | None = None,
     holds: Sequence[ArrayLike | None] | None = None,
+    skip: int = 1,
+    skip_beside: bool = False,
     save: bool = True,
 ) -> Result:
     """Run a stack of recurrent layers over a batch of sequences.
@@ -98,6 +101,10 @@ def forward(
             every step of a sample the same; already scaled.
         holds: of each state (L*D, T, B, H): the part of it that a step leaves as it was; zeros and
             ones where it was drawn. None, or None for one of them: the options' zoneout.
+        skip: the delay d of the recurrent links, which makes the states, given and returned, those
+            of d steps, oldest first (of the reverse direction nearest first): (L*D, d*B, .).
+        skip_beside: the delayed link of h is beside that of length one, and has weights of its own,
+            weight_skip (G*H, P), the last of each layer and direction; c is of one step then.
         save: False keeps nothing for ``backward``: the tape is None.
 
     Raises:
@@ -108,9 +115,11 @@ def forward(
     kind = check_options(CELLS[cell], options)
     directions = 2 if bidirectional else 1
     x = check_input(x)
-    sizes, weights_of = check_weights(kind, weights, x, num_layers, directions, bias)
+    check_skip(skip, skip_beside)
+    sizes, weights_of = check_weights(kind, weights, x, num_layers, directions, bias, skip_beside)
     steps, batch, _ = x.shape
-    initial = check_states(kind, states, x, len(weights_of), batch, sizes)
+    several = [skip, 1 if skip_beside else skip]  # steps of which there is each state
+    initial = check_states(kind, states, x, len(weights_of), batch, sizes, several)
     packing = Packing.of(steps, batch, check_lengths(lengths, steps, batch))
     output_shape = (steps, batch, directions * sizes.output)
     padded_masks = check_dropout_masks(dropout_masks, x, (num_layers - 1, *output_shape))
@@ -123,7 +132,8 @@ def forward(
     if of_samples is not None:
         of_samples = packing.sort(of_samples)
     masks = [packing.pack(mask) for mask in padded_masks]
-    initial = [packing.sort(state) for state in initial]
+    shapes = [state.shape for state in initial]
+    before = [_by_step(state, batch, packing) for state in initial]
     rows = packing.pack(x)
     tapes: list[sequence.SequenceTape] = []
     finals: list[list[Array]] = []
@@ -137,7 +147,7 @@ def forward(
                 output, final, tape = sequence.forward(
                     kind,
                     rows,
-                    [state[index] for state in initial],
+                    [_in_order(state[index], direction) for state in before],
                     weights_of[index],
                     packing.batch_sizes,
                     reverse=direction == 1,
@@ -145,16 +155,16 @@ def forward(
                         new_rows,
                         None if of_samples is None else of_samples[index],
                         [None if h is None else packing.pack(h[index]) for h in padded_holds],
+                        skip,
                     ),
                     save=save,
                 )
                 outputs.append(output)
-                finals.append(final)
+                finals.append([_in_order(state, direction) for state in final])
                 if tape is not None:
                     tapes.append(tape)
             rows = np.concatenate(outputs, axis=1)
-    final_states = [packing.unsort(np.stack(group)) for group in zip(*finals, strict=True)]
-    shapes = [state.shape for state in initial]
+    final_states = [_together(group, packing) for group in zip(*finals, strict=True)]
     return Result(
         packing.unpack(rows),
         final_states,
@@ -190,7 +200,7 @@ def backward(
         grad_output, grad_states, tape.sequences[0].rows, tape.output_shape, tape.state_shapes
     )
     grad_rows = packing.pack(output_grad)
-    finals = [packing.sort(grad) for grad in state_grads]
+    finals = [_by_step(grad, packing.batch, packing) for grad in state_grads]
     initials: list[list[Array]] = [[]] * len(tape.sequences)
     weights: list[list[Array]] = [[]] * len(tape.sequences)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -199,22 +209,44 @@ def backward(
             for direction, grad in enumerate(np.split(grad_rows, directions, axis=1)):
                 index = layer * directions + direction
                 gradients = sequence.backward(
-                    tape.sequences[index], grad, [state[index] for state in finals]
+                    tape.sequences[index],
+                    grad,
+                    [_in_order(state[index], direction) for state in finals],
                 )
                 grad_inputs.append(gradients.rows)
-                initials[index] = gradients.states
-                weights[index] = _in_order(gradients.weights, tape.sequences[index].weights)
+                initials[index] = [_in_order(state, direction) for state in gradients.states]
+                weights[index] = _as_given(gradients.weights, tape.sequences[index].weights)
             grad_rows = grad_inputs[0] if directions == 1 else grad_inputs[0] + grad_inputs[1]
             if layer > 0 and tape.masks:
                 grad_rows = grad_rows * tape.masks[layer - 1]
     return Gradients(
         packing.unpack(grad_rows),
-        [packing.unsort(np.stack(group)) for group in zip(*initials, strict=True)],
+        [_together(group, packing) for group in zip(*initials, strict=True)],
         [gradient for group in weights for gradient in group],
     )
 
 
-def _in_order(gradients: Weights, weights: Weights) -> list[Array]:
+def _by_step(states: Array, batch: int, packing: Packing) -> Array:
+    """States of d steps, (K, d*B, F), as (K, d, B, F) in the order of the packed rows."""
+    count, rows, size = states.shape
+    several = rows // batch if batch else 1
+    apart = states.reshape(count * several, batch, size)
+    return packing.sort(apart).reshape(count, several, batch, size)
+
+
+def _together(states: Sequence[Array], packing: Packing) -> Array:
+    """The inverse of ``_by_step``, from the (d, B, F) of each layer and direction."""
+    several, batch, size = states[0].shape
+    joined = packing.unsort(np.concatenate(states))
+    return joined.reshape(len(states), several * batch, size)
+
+
+def _in_order(states: Array, direction: int) -> Array:
+    """(d, B, F): from the caller's order, or to it; of a reverse one it is the nearest first."""
+    return states[::-1] if direction else states
+
+
+def _as_given(gradients: Weights, weights: Weights) -> list[Array]:
     """The gradients in the order of the weights, each of which must have one."""
     assert gradients.keys() == weights.keys(), "a cell's weight_gradients does not name its weights"
     return [gradients[name] for name in weights]
