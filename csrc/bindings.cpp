@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -461,97 +462,175 @@ std::uint64_t fingerprint(const std::vector<std::tuple<Pointer, int64_t, int64_t
   return hash.value();
 }
 
-// One layer's call at one shape, without a backward pass.
+// One layer's call at one shape, without a backward pass, as a function of Python: of the module's
+// __dict__, the input, and a tuple of states or None. It returns (output, [h] or [h, c]), or None
+// where this is not that call: then nothing was done. Not a class of pybind11, whose way to a
+// method takes a tenth of a small step.
 class SmallCall {
  public:
+  explicit SmallCall(const BoundStack& stack) : stack_(stack) {}
+
   // attributes: of the module, and their values; sizes of the input, (T, B, I) or as the module has
-  // it; weights by name, in the order in which they were packed.
-  SmallCall(const BoundStack& stack, const py::object& capsule, py::dict attributes,
-            const std::vector<std::pair<py::str, py::object>>& weights, py::object packed,
-            py::object workspace, Pointer workspace_pointer, Pointer packed_pointer, int64_t steps,
-            int64_t batch, bool batch_first, int threads)
-      : stack_(stack),
-        api_(exchange_api(capsule)),
-        attributes_(std::move(attributes)),
-        packed_(std::move(packed)),
-        workspace_(std::move(workspace)),
-        call_(stack.inference_call(as(packed_pointer), as(workspace_pointer))),
-        steps_(steps),
-        batch_(batch),
-        batch_first_(batch_first),
-        threads_(threads) {
-    if (!api_) throw std::invalid_argument("no exchange API that is known");
-    for (const auto& [name, weight] : weights) weights_.emplace_back(name, weight, *api_);
-    call_.time = {steps, batch, steps * batch, nullptr};
-    fingerprint_ = fingerprint_now();
+  // it; weights by name, in the order in which they were packed; templates: tensors as the results
+  // are, made by `empty_like`; unchanged: (dictionary, key), whose values must stay the same
+  // objects; quiet: functions that must return nothing true; `threads_now`: torch's number;
+  // served: is no longer empty once a call was this one.
+  static py::object make(const BoundStack& stack, const py::object& capsule, py::dict attributes,
+                         const std::vector<std::pair<py::str, py::object>>& weights,
+                         py::object packed, py::object workspace, Pointer workspace_pointer,
+                         Pointer packed_pointer, int64_t steps, int64_t batch, bool batch_first,
+                         int threads, std::vector<py::object> templates, py::object empty_like,
+                         const std::vector<std::pair<py::dict, py::object>>& unchanged,
+                         std::vector<py::object> quiet, py::object threads_now, py::list served) {
+    auto call = std::make_unique<SmallCall>(stack);
+    call->api_ = exchange_api(capsule);
+    if (!call->api_) throw std::invalid_argument("no exchange API that is known");
+    if (templates.empty()) throw std::invalid_argument("a call has results");
+    call->tensor_type_ = py::type::of(templates[0]);
+    call->attributes_ = std::move(attributes);
+    call->packed_ = std::move(packed);
+    call->workspace_ = std::move(workspace);
+    call->call_ = stack.inference_call(as(packed_pointer), as(workspace_pointer));
+    call->call_.time = {steps, batch, steps * batch, nullptr};
+    call->steps_ = steps;
+    call->batch_ = batch;
+    call->batch_first_ = batch_first;
+    call->threads_ = threads;
+    call->templates_ = std::move(templates);
+    call->empty_like_ = std::move(empty_like);
+    for (const auto& [dictionary, key] : unchanged) {
+      call->unchanged_.push_back({dictionary, key, dictionary[key]});
+    }
+    call->quiet_ = std::move(quiet);
+    call->threads_now_ = std::move(threads_now);
+    call->served_ = std::move(served);
+    for (const auto& [name, weight] : weights) {
+      call->weights_.emplace_back(name, weight, *call->api_);
+    }
+    call->fingerprint_ = call->fingerprint_now();
+
+    static PyMethodDef method = {
+        "small_call",
+        reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&SmallCall::entry)),
+        METH_FASTCALL, nullptr};
+    const py::capsule owner(call.release(), [](void* p) { delete static_cast<SmallCall*>(p); });
+    PyObject* const function = PyCFunction_New(&method, owner.ptr());
+    if (!function) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(function);
   }
 
-  // Runs, if nothing has changed but numbers: true; else nothing was done. `states`: the initial
-  // ones or None; the results are tensors of the right sizes, contiguous but for `batch_first`.
-  bool run(const py::dict& module, const py::object& input, const py::object& h0,
-           const py::object& c0, const py::object& y, const py::object& h, const py::object& c,
-           int threads) {
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+ private:
+  static PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    if (count != 3) {
+      PyErr_SetString(PyExc_TypeError, "small_call takes a dict, an input and states");
+      return nullptr;
+    }
+    try {
+      auto* const call = static_cast<SmallCall*>(PyCapsule_GetPointer(self, nullptr));
+      return call->run(args[0], args[1], args[2]).release().ptr();
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  py::object run(PyObject* module, PyObject* input, PyObject* states) {
     static PyObject* const parameters_name = PyUnicode_InternFromString("_parameters");
-    if (threads != threads_ || PyThread_get_thread_ident() != thread_) return false;
+    if (PyThread_get_thread_ident() != thread_ || !plain(input) || !surroundings()) {
+      return py::none();
+    }
     PyObject *name, *value;
     Py_ssize_t at = 0;
     while (PyDict_Next(attributes_.ptr(), &at, &name, &value)) {
-      if (PyDict_GetItem(module.ptr(), name) != value) return false;
+      if (PyDict_GetItem(module, name) != value) return py::none();
     }
-    PyObject* const parameters = PyDict_GetItem(module.ptr(), parameters_name);
-    if (!parameters) return false;
+    PyObject* const parameters = PyDict_GetItem(module, parameters_name);
+    if (!parameters) return py::none();
     for (const RecordedWeight& weight : weights_) {
-      if (!weight.is_in(parameters, *api_, is_neg)) return false;
+      if (!weight.is_in(parameters, *api_)) return py::none();
     }
     const Stack& s = stack_.stack();
     dlpack::Tensor x;
     const int64_t first = batch_first_ ? batch_ : steps_, second = batch_first_ ? steps_ : batch_;
-    if (!view(input, is_neg, {first, second, s.input}, x) || x.strides[2] != 1) return false;
+    if (!view(input, {first, second, s.input}, x) || x.strides[2] != 1) return py::none();
     call_.x = {static_cast<const char*>(x.data), x.strides[batch_first_], x.strides[!batch_first_],
                false};
-    const PyObject* const none = Py_None;
-    const py::object* const given[] = {&h0, &c0};
-    const py::object* const results[] = {&h, &c};
     const int64_t runs = int64_t(s.layers) * s.directions;
+    const Py_ssize_t given = states == Py_None ? 0 : PyTuple_Size(states);
+    if (given < 0) throw py::error_already_set();
     for (int i = 0; i < kMaxStates; ++i) {
       call_.state[i] = nullptr;
       call_.final_state[i] = nullptr;
-      dlpack::Tensor state;
+      if (i >= given) continue;
+      PyObject* const state = PyTuple_GetItem(states, i);
       const int64_t size = s.state_size(i);
-      if (given[i]->ptr() != none) {
-        if (!view(*given[i], is_neg, {runs, batch_, size}, state) || state.strides[2] != 1 ||
-            state.strides[1] != size || state.strides[0] != batch_ * size) {
-          return false;
-        }
-        call_.state[i] = state.data;
+      dlpack::Tensor seen;
+      if (!plain(state) || !view(state, {runs, batch_, size}, seen) || seen.strides[2] != 1 ||
+          seen.strides[1] != size || seen.strides[0] != batch_ * size) {
+        return py::none();
       }
-      if (results[i]->ptr() == none) continue;
-      if (!RecordedWeight::see(results[i]->ptr(), *api_, state)) return false;
-      call_.final_state[i] = state.data;
+      call_.state[i] = seen.data;
     }
-    dlpack::Tensor output;
-    if (!RecordedWeight::see(y.ptr(), *api_, output)) return false;
-    call_.y = output.data;
-    if (fingerprint_now() != fingerprint_) return false;
+    if (fingerprint_now() != fingerprint_) return py::none();
+
+    dlpack::Tensor seen;
+    py::object output = like(templates_[0], seen);
+    call_.y = seen.data;
+    py::list finals(templates_.size() - 1);
+    for (size_t i = 1; i < templates_.size(); ++i) {
+      py::object final = like(templates_[i], seen);
+      call_.final_state[i - 1] = seen.data;
+      PyList_SET_ITEM(finals.ptr(), Py_ssize_t(i) - 1, final.release().ptr());
+    }
     const bool barriers = !crowded();
     if (barriers != barriers_ || call_.schedule.direction_groups == 0) {
       call_.schedule = stack_.schedule(call_.time, threads_, barriers, true);
       barriers_ = barriers;
     }
     stack_.run(call_);
-    return true;
+    if (PyList_GET_SIZE(served_.ptr()) == 0) served_.append(true);
+    return py::reinterpret_steal<py::object>(PyTuple_Pack(2, output.ptr(), finals.ptr()));
   }
 
- private:
-  bool view(const py::object& object, PyObject* is_neg, std::initializer_list<int64_t> shape,
-            dlpack::Tensor& out) const {
-    if (!RecordedWeight::see(object.ptr(), *api_, out)) return false;
+  bool plain(PyObject* tensor) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == tensor_type_.ptr();
+  }
+
+  // Whether the rest of torch is as it was: no mode, no gradient, no other number of threads.
+  bool surroundings() const {
+    for (const auto& [dictionary, key, value] : unchanged_) {
+      if (PyDict_GetItem(dictionary.ptr(), key.ptr()) != value.ptr()) return false;
+    }
+    for (const py::object& function : quiet_) {
+      if (PyObject_IsTrue(called(function).ptr())) return false;
+    }
+    return PyLong_AsLong(called(threads_now_).ptr()) == threads_;
+  }
+
+  static py::object called(const py::object& function) {
+    PyObject* const found = PyObject_CallNoArgs(function.ptr());
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  }
+
+  // A new tensor, and where its numbers lie.
+  py::object like(const py::object& prototype, dlpack::Tensor& seen) const {
+    PyObject* const argument = prototype.ptr();
+    PyObject* const made = PyObject_Vectorcall(empty_like_.ptr(), &argument, 1, nullptr);
+    if (!made) throw py::error_already_set();
+    py::object owner = py::reinterpret_steal<py::object>(made);
+    if (api_->view(made, &seen) != 0) throw py::error_already_set();
+    return owner;
+  }
+
+  bool view(PyObject* object, std::initializer_list<int64_t> shape, dlpack::Tensor& out) const {
+    if (!RecordedWeight::see(object, *api_, out)) return false;
     const int bits = stack_.item_size() * 8;
     return out.device_type == dlpack::kCpu && out.type_code == dlpack::kFloat &&
            out.type_bits == bits && out.rank == int(shape.size()) &&
-           std::equal(shape.begin(), shape.end(), out.shape) &&
-           !RecordedWeight::truth(object.ptr(), is_neg);
+           std::equal(shape.begin(), shape.end(), out.shape) && !RecordedWeight::negated(object);
   }
 
   std::uint64_t fingerprint_now() const {
@@ -560,17 +639,27 @@ class SmallCall {
     return hash.value();
   }
 
+  struct Unchanged {
+    py::dict dictionary;
+    py::object key, value;
+  };
+
   BoundStack stack_;
-  const dlpack::ExchangeApi* api_;
+  const dlpack::ExchangeApi* api_ = nullptr;
+  py::object tensor_type_;
   py::dict attributes_;
   py::object packed_, workspace_;  // kept alive
+  std::vector<py::object> templates_, quiet_;
+  py::object empty_like_, threads_now_;
+  py::list served_;
+  std::vector<Unchanged> unchanged_;
   std::vector<RecordedWeight> weights_;
-  ForwardCall call_;
-  int64_t steps_, batch_;
-  bool batch_first_;
-  int threads_;
+  ForwardCall call_{};
+  int64_t steps_ = 0, batch_ = 0;
+  bool batch_first_ = false;
+  int threads_ = 0;
   bool barriers_ = true;
-  std::uint64_t fingerprint_;
+  std::uint64_t fingerprint_ = 0;
   unsigned long thread_ = PyThread_get_thread_ident();  // whose workspace it is
 };
 
@@ -751,16 +840,12 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "has_exchange_api", [](py::handle capsule) { return exchange_api(capsule) != nullptr; },
       py::arg("capsule"));
-  py::class_<SmallCall>(m, "SmallCall",
-                        "A layer's call at one shape, which is likely to come again.")
-      .def(py::init<const BoundStack&, const py::object&, py::dict,
-                    const std::vector<std::pair<py::str, py::object>>&, py::object, py::object,
-                    Pointer, Pointer, int64_t, int64_t, bool, int>(),
-           py::arg("stack"), py::arg("exchange_api"), py::arg("attributes"), py::arg("weights"),
-           py::arg("packed"), py::arg("workspace"), py::arg("workspace_pointer"),
-           py::arg("packed_pointer"), py::arg("steps"), py::arg("batch"), py::arg("batch_first"),
-           py::arg("threads"))
-      .def("run", &SmallCall::run);
+  m.def("small_call", &SmallCall::make, py::arg("stack"), py::arg("exchange_api"),
+        py::arg("attributes"), py::arg("weights"), py::arg("packed"), py::arg("workspace"),
+        py::arg("workspace_pointer"), py::arg("packed_pointer"), py::arg("steps"), py::arg("batch"),
+        py::arg("batch_first"), py::arg("threads"), py::arg("templates"), py::arg("empty_like"),
+        py::arg("unchanged"), py::arg("quiet"), py::arg("threads_now"), py::arg("served"),
+        "A layer's call at one shape, which is likely to come again, as a function.");
 
   py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")
       .def(py::init<const BoundStack&, int64_t, bool, int>(), py::arg("stack"), py::arg("batch"),

@@ -45,7 +45,7 @@ class RecordedWeight {
   int64_t item_size() const { return item_size_; }
 
   // Whether the dictionary still holds that weight, unchanged as far as its version tells.
-  bool is_in(PyObject* parameters, const dlpack::ExchangeApi& api, PyObject* is_neg) const {
+  bool is_in(PyObject* parameters, const dlpack::ExchangeApi& api) const {
     PyObject* const weight = PyDict_GetItem(parameters, name_.ptr());
     if (!weight || weight != alive() || version(weight) != version_) return false;
     dlpack::Tensor view;
@@ -55,7 +55,7 @@ class RecordedWeight {
     for (int i = view.rank; i-- > 0; stride *= shape_[size_t(i)]) {
       if (view.shape[i] != shape_[size_t(i)] || view.strides[i] != stride) return false;
     }
-    return !truth(weight, is_neg);
+    return !negated(weight);
   }
 
   // What the tensor is in memory; false if that cannot be told.
@@ -65,7 +65,9 @@ class RecordedWeight {
     return false;
   }
 
-  static bool truth(PyObject* object, PyObject* method) {
+  // Whether it only says that its numbers are negated, which shows nowhere else.
+  static bool negated(PyObject* object) {
+    static PyObject* const method = PyUnicode_InternFromString("is_neg");
     const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
     if (!found) throw py::error_already_set();
     return found.ptr() == Py_True;

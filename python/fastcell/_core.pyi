@@ -5,7 +5,7 @@ its callers: addresses, sizes and strides (in elements) are not checked. ``fastc
 place that calls the kernels, ``fastcell.packing`` the one that packs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -259,48 +259,40 @@ class Stream:
         """Run a NumPy array, if it is like the remembered one; False: nothing was done."""
 
 def has_exchange_api(capsule: Any) -> bool:
-    """Whether this object is DLPack's exchange API in a version that ``SmallCall`` can use."""
+    """Whether this object is DLPack's exchange API in a version that ``small_call`` can use."""
 
-class SmallCall:
-    """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them."""
+def small_call(
+    stack: Stack,
+    exchange_api: Any,
+    attributes: dict[str, Any],
+    weights: Sequence[tuple[str, Any]],
+    packed: Any,
+    workspace: Any,
+    workspace_pointer: int,
+    packed_pointer: int,
+    steps: int,
+    batch: int,
+    batch_first: bool,
+    threads: int,
+    templates: Sequence[Any],
+    empty_like: Callable[..., Any],
+    unchanged: Sequence[tuple[dict[str, Any], str]],
+    quiet: Sequence[Callable[[], Any]],
+    threads_now: Callable[[], int],
+    served: list[bool],
+) -> object:
+    """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them.
 
-    def __init__(
-        self,
-        stack: Stack,
-        exchange_api: Any,
-        attributes: dict[str, Any],
-        weights: Sequence[tuple[str, Any]],
-        packed: Any,
-        workspace: Any,
-        workspace_pointer: int,
-        packed_pointer: int,
-        steps: int,
-        batch: int,
-        batch_first: bool,
-        threads: int,
-    ) -> None:
-        """``attributes``: those of the module that must still be the same objects.
+    ``attributes``: those of the module that must still be the same objects; ``unchanged``: entries
+    of dictionaries likewise; ``quiet``: functions that must return nothing true; ``templates``:
+    tensors like the results; ``served``: empty, until a call has been this one.
 
-        Raises ValueError if ``has_exchange_api`` does not hold.
-        """
+    Returns a function of the layer's ``__dict__``, an input and a tuple of states or None. That
+    returns (output, list of final states), or None, and has done nothing, if anything but numbers
+    has changed.
 
-    def run(
-        self,
-        module: dict[str, Any],
-        input: Any,
-        h0: Any,
-        c0: Any,
-        y: Any,
-        h: Any,
-        c: Any,
-        threads: int,
-        /,
-    ) -> bool:
-        """Run the call on these tensors, or return False if anything but numbers has changed.
-
-        ``module``: the layer's ``__dict__``; ``h0``, ``c0``: None for zeros; ``c``: None if the
-        cell has none.
-        """
+    Raises ValueError if ``has_exchange_api`` does not hold.
+    """
 
 def cuda_architectures() -> list[str]:
     """What this build has CUDA kernels for, such as ``sm_90a``; empty without CUDA."""

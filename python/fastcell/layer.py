@@ -213,7 +213,7 @@ class Layer(Swappable, torch.nn.RNNBase):
         compiling = torch.compiler.is_compiling()
         small = None if compiling else self.__dict__.get("_small")
         if small is not None and lengths is None and reset is None:
-            found: Any = small.run(self, input, states)
+            found: Any = small.call(self.__dict__, input, states)
             if found is not None:
                 return found  # type: ignore[no-any-return]
         cell = self.checked_cell()

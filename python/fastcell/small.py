@@ -1,7 +1,7 @@
 """Small calls that come again: the same layer, weights and sizes, and no gradient.
 
 A step of one sample takes the kernels a few microseconds, and checking it in Python several times
-that. A layer that is called so twice in a row remembers the call (``_core.SmallCall``); the next
+that. A layer that is called so twice in a row remembers the call (``_core.small_call``); the next
 one is compared with it in C++: attributes, weights (objects, versions, memory, fingerprint), sizes,
 dtype. Whatever differs goes the ordinary way, where it is refused or run.
 
@@ -11,15 +11,16 @@ it, or with one of another major version, every call goes the ordinary way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _core, packing, transforms
+from . import _core, packing
 from .cpu import DTYPES, scratch
 from .plan import Config, plan_for
 
@@ -34,67 +35,44 @@ _ATTRIBUTES = (
     "bidirectional", "proj_size", "training",
 )  # fmt: skip
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing = torch._C._get_tracing_state
-_empty_like = torch.empty_like
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-
 
 _MOST_PATIENCE = 256
 
+# A plain call without gradient: these return nothing true, and the level of forward mode and the
+# packed weights of all layers are what they were.
+_QUIET = (
+    torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+)
+_UNCHANGED = ((vars(packing), "generation"), (vars(forward_ad), "_current_level"))
 
-def _eager(input: Any) -> bool:
-    """Whether this is a plain call without gradient, of a plain tensor."""
-    return not (
-        type(input) is not Tensor
-        or torch.is_grad_enabled()
-        or _is_any_autocast_enabled()
-        or _dispatch_modes()
-        or _function_modes()
-        or transforms.transformed()
-        or _tracing() is not None
-    )
+# (the layer's __dict__, input, states or None) -> output and final states, or None.
+_Call = Callable[[dict[str, Any], Tensor, tuple[Tensor, ...] | None], Any]
+
+
+def no_call(module: dict[str, Any], input: Any, states: Any) -> None:
+    """Before there is one."""
 
 
 class Small:
-    """A layer's memory of its last small call."""
+    """A layer's memory of its last small call.
 
-    __slots__ = ("_call", "_last", "_patience", "_seen", "_served")
+    Attributes:
+        call: returns output and final states, or None where this is not that call.
+    """
+
+    __slots__ = ("_last", "_patience", "_seen", "_served", "call")
 
     def __init__(self) -> None:
-        # (the call, tensors like its results, generation of the packed weights). One object:
-        # another thread may put another in its place at any time.
-        self._call: tuple[Any, Any, int] | None = None
+        # Another thread may put another in its place at any time.
+        self.call: _Call = no_call
         self._last: Any = None
         # Calls alike before one is remembered: more each time that it then served none.
-        self._patience, self._seen, self._served = 2, 0, True
-
-    def run(
-        self, layer: torch.nn.RNNBase, input: Tensor, states: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, list[Tensor]] | None:
-        """Output and final states, or None where this is not that call."""
-        call = self._call
-        if call is None:
-            return None
-        bound, templates, generation = call
-        if generation != packing.generation or not _eager(input):
-            return None
-        h0 = c0 = None
-        if states is not None:
-            h0 = states[0]
-            if type(h0) is not Tensor:
-                return None
-            if len(states) > 1:
-                c0 = states[1]
-                if type(c0) is not Tensor:
-                    return None
-        output, *finals = [_empty_like(t) for t in templates]
-        h, c = finals if len(finals) == 2 else (finals[0], None)
-        if bound.run(layer.__dict__, input, h0, c0, output, h, c, torch.get_num_threads()):
-            self._served = True
-            return output, finals
-        return None
+        self._patience, self._seen, self._served = 2, 0, [True]
 
     def note(
         self,
@@ -104,10 +82,12 @@ class Small:
         weights: Sequence[Tensor],
     ) -> None:
         """Remember a call that has just run, if it is small and the one before was like it."""
-        self._call = None
+        self.call = no_call
         if (
             _EXCHANGE_API is None
-            or not _eager(input)
+            or type(input) is not Tensor
+            or forward_ad._current_level >= 0
+            or any([function() for function in _QUIET])
             or input.dim() != 3
             or input.dtype not in DTYPES
             or input.dtype is not weights[0].dtype
@@ -147,14 +127,14 @@ class Small:
         shapes = [
             output, *[((stacked, batch, n), (batch * n, n, 1)) for n in sizes],
         ]  # fmt: skip
-        generation = packing.generation
         attributes = {n: layer.__dict__[n] for n in _ATTRIBUTES if n in layer.__dict__}
-        bound = _core.SmallCall(
-            stack, _EXCHANGE_API, attributes, list(zip(names, weights, strict=True)), packed,
-            memory, pointer, packed.data_ptr(), steps, batch, layer.batch_first, threads,
-        )  # fmt: skip
         self._patience = 2 if self._served else min(2 * self._patience, _MOST_PATIENCE)
-        self._seen, self._served = 0, False
+        self._seen, self._served = 0, []
         # (empty_like is the quickest way to a tensor that torch has.)
         templates = [input.new_empty_strided(*shape) for shape in shapes]
-        self._call = bound, templates, generation
+        made = _core.small_call(
+            stack, _EXCHANGE_API, attributes, list(zip(names, weights, strict=True)), packed,
+            memory, pointer, packed.data_ptr(), steps, batch, layer.batch_first, threads,
+            templates, torch.empty_like, _UNCHANGED, _QUIET, torch.get_num_threads, self._served,
+        )  # fmt: skip
+        self.call = cast(_Call, made)
