@@ -226,3 +226,22 @@ def test_one_call_after_the_other(case):
     first = run(problem)
     run(other)
     assert_same_bits(run(problem), first)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_inputs_gradient_of_few_rows(bidirectional, dtype, count):
+    """Which multiplies the weights as they are, and does not pack them."""
+    layer = fastcell.GRU(150, 67, 2, bidirectional=bidirectional).to(dtype)
+    x = torch.randn(1, 13, 150, dtype=dtype, requires_grad=True)
+
+    def gradient(x):
+        output, h = layer(x)
+        (found,) = torch.autograd.grad(output.square().sum() + h.sum(), x)
+        return found
+
+    with threads(count):
+        whole = gradient(x)
+        for batch in (1, 2, 4, 7, 12):
+            assert torch.equal(gradient(x[:, :batch]), whole[:, :batch])

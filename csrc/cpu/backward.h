@@ -706,7 +706,7 @@ class Backward {
               over_h, [&](int64_t k) { return w_hh + k * s.output; }, buffers.h_weights[dir],
               part(over_h.count(), team.index, team.size));
         }
-        if (input_gradient()) {
+        if (input_gradient() && time.rows > kFewRows) {
           const Panels<T> over_x{1, s.layer_input(layer), G * s.hidden};
           const T* w_ih = weight(dir, 0);
           pack_rows(
@@ -803,14 +803,18 @@ class Backward {
       const int64_t last = buffers.chunks.count - 1;
       const bool add =
           s.directions > 1 && (dir == 0 ? chunk < last - chunk : chunk >= last - chunk);
-      multiply_rows(
-          Panels<T>{1, s.layer_input(layer), G * s.hidden}, buffers.x_weights[dir], rows,
-          [&](int64_t r) { return d_gates + (r - rows.begin) * width; },
-          [&](int64_t r) {
-            const int64_t t = to.packed ? 0 : time.step_of(r);
-            return to.at(t, r - (to.packed ? 0 : time.first(t)), r);
-          },
-          add, buffers.rows, team);
+      const auto a_row = [&](int64_t r) { return d_gates + (r - rows.begin) * width; };
+      const auto c_row = [&](int64_t r) {
+        const int64_t t = to.packed ? 0 : time.step_of(r);
+        return to.at(t, r - (to.packed ? 0 : time.first(t)), r);
+      };
+      const Panels<T> over_x{1, s.layer_input(layer), G * s.hidden};
+      if (time.rows <= kFewRows) {
+        multiply_few_rows(weight(dir, 0), over_x.units, over_x.depth, rows, a_row, c_row, add,
+                          team);
+      } else {
+        multiply_rows(over_x, buffers.x_weights[dir], rows, a_row, c_row, add, buffers.rows, team);
+      }
     }
 
     void mask_input_gradient() const {

@@ -67,6 +67,97 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
   }
 }
 
+// Up to so many rows, packing weights for one product would take longer than that.
+constexpr int64_t kFewRows = 12;
+
+// R rows of multiply_rows() and some columns, up to N vectors of them, of which the last has
+// `valid` numbers.
+template <class T, int R, int N>
+FASTCELL_INLINE void multiply_unpacked(const T* const* a, const T* w, int64_t stride, int64_t depth,
+                                       int vectors, int valid, T* const* c, bool add) {
+  using V = Vec<T>;
+  V sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = V(0);
+  }
+  const auto columns = [&](const T* row, int n) {
+    return n + 1 < vectors ? V::load(row + n * V::lanes)
+           : n < vectors   ? load_first(row + n * V::lanes, valid)
+                           : V(0);
+  };
+  for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+    const int64_t end = depth - k0 < kChain ? depth : k0 + kChain;
+    V chain[R][N];
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < N; ++n) chain[r][n] = V(0);
+    }
+    const auto run = [&](const auto& columns) {
+      for (int64_t k = k0; k < end; ++k) {
+        V from[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) from[n] = columns(w + k * stride, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const V x(a[r][k]);
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) chain[r][n] = fma(x, from[n], chain[r][n]);
+        }
+      }
+    };
+    if (vectors == N && valid == V::lanes) {
+      run([](const T* row, int n) { return V::load(row + n * V::lanes); });
+    } else {
+      run(columns);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < N; ++n) sums[r][n] = sums[r][n] + chain[r][n];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N && n < vectors; ++n) {
+      const int count = n + 1 < vectors ? V::lanes : valid;
+      T* const to = c[r] + n * V::lanes;
+      store_first(to, add ? load_first(to, count) + sums[r][n] : sums[r][n], count);
+    }
+  }
+}
+
+// multiply_rows() of few rows, straight from the weights (depth, units) as the caller has them: the
+// same chains, and so the same bits.
+template <class T, class ARow, class CRow>
+void multiply_few_rows(const T* w, int64_t units, int64_t depth, Range rows, ARow a_row, CRow c_row,
+                       bool add, const Team& team) {
+  constexpr int64_t L = Vec<T>::lanes, kWide = 8, kNarrow = 2, kTogether = 4;
+  const Range mine = part((units + kWide * L - 1) / (kWide * L), team.index, team.size);
+  const int64_t last = mine.end * kWide * L < units ? mine.end * kWide * L : units;
+  for (int64_t m = rows.begin; m < rows.end; m += kTogether) {
+    const T* a[kTogether];
+    T* c[kTogether];
+    const int n = int(rows.end - m < kTogether ? rows.end - m : kTogether);
+    for (int i = 0; i < n; ++i) {
+      a[i] = a_row(m + i);
+      c[i] = c_row(m + i);
+    }
+    const auto columns = [&](auto together, auto wide, int first) {
+      for (int64_t unit = mine.begin * kWide * L; unit < last; unit += wide * L) {
+        const int64_t left = last - unit < wide * L ? last - unit : wide * L;
+        const int vectors = int((left + L - 1) / L), valid = int(left - (vectors - 1) * L);
+        T* to[together];
+        for (int i = 0; i < together; ++i) to[i] = c[first + i] + unit;
+        multiply_unpacked<T, together, wide>(a + first, w + unit, units, depth, vectors, valid, to,
+                                             add);
+      }
+    };
+    if (n == kTogether) {
+      columns(std::integral_constant<int, kTogether>{}, std::integral_constant<int, kNarrow>{}, 0);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        columns(std::integral_constant<int, 1>{}, std::integral_constant<int, kWide>{}, i);
+      }
+    }
+  }
+}
+
 // Gradients of the weights: d_W[m][n] = sum over rows r of a[r][m] b[r][n], with M gates and N
 // features, of the input's weights (b = x) and the recurrent ones (b = h_{t-1}) together, since
 // they share `a`. Each block of kRowsPerBlock rows is a chain of its own, begun at zero; the
