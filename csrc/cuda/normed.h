@@ -72,7 +72,7 @@ FASTCELL_KERNEL normed_collect(const FASTCELL_KERNEL_PARAMETER NormedProduct p) 
   multiply_tile<P>(p.product, [&](Index sample, Index k, R sum) {
     const Index row = (step.first + sample) * step.output + k;
     R& carried = d_h[sample * step.output + k];
-    R d = sample < step.fed ? carried + sum : carried;
+    R d = carried + sum;  // (0 where no step after has made one)
     E stored{}, operand{};
     if (has_step(step, sample, step.alive, step.t)) {
       if (d_y) d = d + widen(d_y[row]);

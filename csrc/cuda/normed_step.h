@@ -43,7 +43,7 @@ struct NormedStep {
   long long all_rows;  // of the sequence
 
   // The backward pass.
-  long long fed;  // samples, the first ones, for which the recurrent product makes a gradient of h
+  long long fed;         // samples, the first ones, for which `sums` has a gradient of h
   const void* state[2];  // E (B, P), R (B, H): before the first step, or null for zeros
   const void* d_y;       // E (rows, P), or null
   const void* d_cells;   // R (rows, H): of c at all steps, besides; or null
