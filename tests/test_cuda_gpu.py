@@ -92,10 +92,13 @@ def test_device_lengths_do_not_wait_for_the_device():
     torch.testing.assert_close(h_n, h)
 
 
-@pytest.mark.parametrize("kind", [fastcell.LSTM, fastcell.GRU])
-def test_layer_norm_in_a_graph_and_without_waiting(kind):
+@pytest.mark.parametrize(("kind", "projection"), [("LSTM", 0), ("LSTM", 24), ("GRU", 0)])
+def test_layer_norm_in_a_graph_and_without_waiting(kind, projection):
     """A training step with lengths and resets on the device, beside one in float64 on the CPU."""
-    layer = kind(16, 64, layer_norm=True, bidirectional=True, device=GPU)
+    options = {"layer_norm": True, "bidirectional": True}
+    if projection:
+        options["proj_size"] = projection
+    layer = getattr(fastcell, kind)(16, 64, **options, device=GPU)
     x = torch.randn(20, 8, 16, device=GPU, requires_grad=True)
     lengths = torch.randint(1, 21, (8,), device=GPU)
     reset = torch.rand(20, 8, device=GPU) < 0.1
@@ -125,7 +128,7 @@ def test_layer_norm_in_a_graph_and_without_waiting(kind):
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         assert torch.equal(found, expected)
-    cpu = kind(16, 64, layer_norm=True, bidirectional=True, dtype=torch.float64)
+    cpu = getattr(fastcell, kind)(16, 64, **options, dtype=torch.float64)
     cpu.load_state_dict(layer.state_dict())
     output, _ = cpu(x.detach().cpu().double(), lengths=lengths.cpu(), reset=reset.cpu())
     torch.testing.assert_close(captured[0].cpu().double(), output, rtol=1e-4, atol=1e-5)
@@ -286,8 +289,8 @@ def test_compute_sanitizer_reports_nothing(tool):
                     x = torch.randn(4, 19, 5, device="cuda", dtype=dtype)
                     with fastcell.cuda.choose_engine(place):
                         layer(x)[0].sum().backward()
-        for kind in (fastcell.LSTM, fastcell.GRU):
-            layer = kind(5, 300, layer_norm=True, device="cuda")
+        for kind, more in (("LSTM", {}), ("LSTM", {"proj_size": 37}), ("GRU", {})):
+            layer = getattr(fastcell, kind)(5, 300, layer_norm=True, device="cuda", **more)
             layer(torch.randn(4, 19, 5, device="cuda"))[0].sum().backward()
         torch.cuda.synchronize()
         print("ran")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import fastcell
 from emulation_build import emulated
 from fastcell import normed_cuda, ops, reference
 from fastcell.cells import spec_of
+from fastcell.normed import split
 from support import assert_equal_bits
 from tolerances import eps_of
 
@@ -25,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 KINDS = ("LSTM", "GRU")
-CELLS = ("lstm", "gru", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+LSTMS = ("lstm", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole")
+CELLS = ("gru", *LSTMS, *[f"{cell} projected" for cell in LSTMS])
+PROBLEMS = (*KINDS, "LSTM projected")
 FORMS = ("padded", "packed", "lengths")
 
 
@@ -42,17 +46,23 @@ class Sizes(NamedTuple):
 
 
 class Problem:
-    """A stack with norms that do something of their own, its input, and its results' gradients."""
+    """A stack with norms that do something of their own, its input, and its results' gradients.
+
+    ``kind``: a cell, and " projected" behind it where it has a projection, to half the numbers.
+    """
 
     def __init__(
         self, kind: str, sizes: Sizes, form: str = "padded", *, layers: int = 1,
         directions: int = 1, bias: bool = True, given: bool = True, reset: bool = False,
     ) -> None:  # fmt: skip
         self.kind, self.sizes, self.form, self.bias = kind, sizes, form, bias
-        self.layers, self.directions, self.cell = layers, directions, kind.lower()
+        self.layers, self.directions = layers, directions
+        self.cell, _, projected = kind.lower().partition(" ")
+        self.projected = projected != ""
         spec = spec_of(self.cell)
         generator = torch.Generator().manual_seed(3)
         steps, batch, features, hidden = sizes
+        self.output = output = (hidden + 1) // 2 if self.projected else hidden
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return scale * torch.randn(*shape, dtype=F64, generator=generator)
@@ -60,22 +70,25 @@ class Problem:
         wide = spec.gates * hidden
         self.weights: list[Tensor] = []
         for layer in range(layers):
-            width = features if layer == 0 else directions * hidden
+            width = features if layer == 0 else directions * output
             for _ in range(directions):
-                self.weights += [draw(wide, width), draw(wide, hidden)]
+                self.weights += [draw(wide, width), draw(wide, output)]
                 self.weights += [draw(wide, scale=0.3) for _ in range(2 * bias)]
+                if self.projected:
+                    self.weights.append(draw(output, hidden, scale=hidden**-0.5))
                 self.weights += [draw(spec.parameters, hidden)] * (spec.parameters > 0)
                 self.weights += [1 + draw(wide, scale=0.3) for _ in range(2)]
                 if spec.states > 1:
                     self.weights.append(torch.stack((1 + draw(hidden), draw(hidden))))
         self.lengths = sizes.lengths
         rows = (int(self.lengths.sum()),) if form == "packed" else (steps, batch)
-        states = spec.states
-        self.hx = [draw(layers * directions, batch, hidden) for _ in range(states if given else 0)]
+        widths = (output, hidden)[: spec.states]
+        self.hx = [draw(layers * directions, batch, n) for n in widths] if given else []
         self.x = draw(*rows, features)
-        self.d_output = draw(*rows, directions * hidden)
-        self.d_states = [draw(layers * directions, batch, hidden) for _ in range(states)]
+        self.d_output = draw(*rows, directions * output)
+        self.d_states = [draw(layers * directions, batch, n) for n in widths]
         self.reset = torch.rand(rows, generator=generator) < 0.25 if reset else None
+        self.d_cells = draw(*rows, directions * hidden)
 
     def run(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Output, final states and the gradients of all that was given."""
@@ -90,7 +103,7 @@ class Problem:
         output, states = ops.normed(
             self.cell, x, hx or None, weights, sizes,
             None if self.reset is None else self.reset.to(device), bias=self.bias,
-            projected=False, directions=self.directions, batch_first=False, dropout=0.0,
+            projected=self.projected, directions=self.directions, batch_first=False, dropout=0.0,
         )  # fmt: skip
         grads = [g.to(device, dtype) for g in (self.d_output, *self.d_states)]
         torch.autograd.backward([output, *states], grads)
@@ -98,14 +111,25 @@ class Problem:
         gradients = [leaf.grad for leaf in leaves]
         return [t.detach().cpu() for t in (output, *states, *gradients) if t is not None]
 
-    def rounded(self, dtype: torch.dtype) -> Problem:
-        """The same of numbers that a dtype has, in float64."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same of other numbers."""
         other = copy.copy(self)
         for name in ("x", "d_output"):
-            setattr(other, name, getattr(self, name).to(dtype).double())
+            setattr(other, name, change(getattr(self, name)))
         for name in ("hx", "weights", "d_states"):
-            setattr(other, name, [t.to(dtype).double() for t in getattr(self, name)])
+            setattr(other, name, [change(t) for t in getattr(self, name)])
         return other
+
+    def rounded(self, dtype: torch.dtype) -> Problem:
+        """The same of numbers that a dtype has, in float64."""
+        return self.mapped(lambda t: t.to(dtype).double())
+
+    def moved(self, dtype: torch.dtype, seed: int) -> Problem:
+        """The same of numbers that are off by as much as rounding to a dtype may make them."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.mapped(
+            lambda t: t * (1 + eps_of(dtype) * (torch.rand(t.shape, generator=generator) - 0.5))
+        )
 
 
 def in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
@@ -118,7 +142,7 @@ def in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
 
 def by_reference(problem: Problem) -> list[np.ndarray]:
     """The same of the NumPy reference, as exactly as it can: one layer, one direction, padded."""
-    own = ["weight_peephole"] if "peephole" in problem.cell else []
+    own = ["weight_hr"] * problem.projected + ["weight_peephole"] * ("peephole" in problem.cell)
     names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", *own, "norm_ih", "norm_hh", "norm_c"]
     w = dict(zip(names, [wide(t) for t in problem.weights], strict=False))
     hx = [wide(t[0]) for t in problem.hx]
@@ -135,20 +159,27 @@ def wide(t: Tensor) -> np.ndarray:
 
 
 def check(
-    problem: Problem, dtype: torch.dtype, device: str, exact: list[np.ndarray] | None = None
-) -> None:
+    problem: Problem, dtype: torch.dtype, device: str, exact: list[np.ndarray] | None = None,
+    like: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Runs the kernels, and holds them against ``exact`` or torch's operations in float64.
 
     A norm's error depends on the numbers: it divides by their spread. So it may be a few times what
-    torch's operations make of the same numbers in the same dtype, of the results or of gradients.
+    torch's operations make of the same numbers in the same dtype, or in that of ``like``, or what
+    becomes of numbers that differ by rounding alone; of the results or of gradients.
     """
+    numbers, like = problem.rounded(dtype), like or dtype
     if exact is None:
-        exact = [wide(t) for t in in_torch(problem.rounded(dtype), F64)]
-    usual = in_torch(problem, dtype)
+        exact = [wide(t) for t in in_torch(numbers, F64)]
+    usual = [in_torch(problem, like)]
+    usual += [in_torch(numbers.moved(like, seed), F64) for seed in range(3)]
     found = problem.run(dtype, device)
-    assert len(found) == len(exact) == len(usual)
+    assert len(found) == len(exact) == len(usual[0])
     results = 1 + len(problem.d_states)
-    errors = [abs(wide(t) - b).max() for t, b in zip(usual, exact, strict=True)]
+    errors = [
+        max(abs(wide(t) - b).max() for t in values)
+        for values, b in zip(zip(*usual, strict=True), exact, strict=True)
+    ]
     allowed = [max(errors[:results])] * results + [max(errors[results:])] * len(errors[results:])
     for i, (a, b, most) in enumerate(zip(found, exact, allowed, strict=True)):
         assert a.dtype is dtype
@@ -199,7 +230,7 @@ def test_every_form_of_input(kind, form, dtype, given, device, launches):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("kind", ["lstm", "lstm_peephole"])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_peephole", "lstm_coupled projected"])
 def test_c_of_all_steps(kind, dtype, device):
     """And its gradient: beside torch's operations in float64."""
     problem = Problem(kind, Sizes(5, 3, 4, 19), "lengths", reset=True)
@@ -209,11 +240,12 @@ def test_c_of_all_steps(kind, dtype, device):
             t.to(device, dtype, copy=True).requires_grad_() for t in (problem.x, *problem.weights)
         )
         outputs, cells, _ = ops.normed_states(
-            kind, x, None, weights, problem.lengths.to(device), problem.reset.to(device),
-            bias=True, projected=False, directions=1, batch_first=False, dropout=0.0, every=True,
+            problem.cell, x, None, weights, problem.lengths.to(device), problem.reset.to(device),
+            bias=True, projected=problem.projected, directions=1, batch_first=False, dropout=0.0,
+            every=True,
         )  # fmt: skip
         assert cells[0].dtype is dtype
-        given = [problem.d_output, problem.d_output.flip(0)]
+        given = [problem.d_output, problem.d_cells]
         total = sum((t * g.to(t)).sum() for t, g in zip((*outputs, *cells), given, strict=True))
         found = (*outputs, *cells, *torch.autograd.grad(total, [x, *weights]))
         return [t.detach().cpu().double() for t in found]
@@ -228,30 +260,27 @@ def test_c_of_all_steps(kind, dtype, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_several_tiles(kind, form, device):
     """Of samples that end at different steps."""
     check(Problem(kind, Sizes(4, 70, 3, 11), form, directions=2, reset=True), F32, device)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_tf32(kind, device):
-    """Operands of the recurrent product rounded to the mantissa of float16."""
+    """Operands of the products rounded to the mantissa of float16."""
     problem = Problem(kind, Sizes(4, 5, 3, 40))
-    exact, usual = in_torch(problem, F64), in_torch(problem, F16)
     full = problem.run(F32, device)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        found = problem.run(F32, device)
+        assert not torch.equal(problem.run(F32, device)[0], full[0])
+        check(problem, F32, device, like=F16)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert not torch.equal(found[0], full[0])
-    for a, b, c in zip(found, exact, usual, strict=True):
-        assert (a - b).abs().max() <= (c - b).abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_behind_its_end_a_sample_is_not_looked_at(kind, device):
     """Whatever stands there; with a length of zero its states stay."""
     problem = Problem(kind, Sizes(5, 4, 3, 7), "lengths", directions=2)
@@ -266,28 +295,29 @@ def test_behind_its_end_a_sample_is_not_looked_at(kind, device):
         assert torch.equal(given[:, 2], final[:, 2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_a_sample_has_the_same_bits_beside_others(kind, device):
     """In a batch whose product is shared out between warps in the same way."""
     problem = Problem(kind, Sizes(5, 13, 4, 50))
     terms = torch.randn(5 * 13, len(problem.weights[0]), device=device)
-    _, w_hh, _, b_hh, _, g_hh, *norm_c = [w.float().to(device) for w in problem.weights]
-    rest = (w_hh, g_hh, b_hh, *(norm_c or (None,)), None)
+    given = [w.float().to(device) for w in problem.weights]
+    (own,) = split(problem.cell, given, True, problem.projected)
+    rest = (own.w_hh, own.projection, own.norm_hh, own.b_hh, own.norm_c, own.parameters)
 
     def run(terms, samples):
         call = normed_cuda.Call(problem.cell, (samples,) * 5, None, False, None, F32, False)
         return normed_cuda._forward(call, (terms, None, None, *rest), keep=False)[0]
 
-    every = run(terms, 13).view(5, 13, 50)
+    every = run(terms, 13).view(5, 13, -1)
     for b in (0, 7, 12):
         assert_equal_bits(run(terms.view(5, 13, -1)[:, b].contiguous(), 1), every[:, b])
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_second_derivatives(kind, bias, device):
+@pytest.mark.parametrize(("kind", "more"), [("LSTM", {}), ("GRU", {}), ("LSTM", {"proj_size": 2})])
+def test_second_derivatives(kind, more, bias, device):
     torch.manual_seed(2)
-    layer = getattr(fastcell, kind)(2, 3, layer_norm=True, bias=bias).to(device, F64)
+    layer = getattr(fastcell, kind)(2, 3, layer_norm=True, bias=bias, **more).to(device, F64)
     x = torch.randn(2, 1, 2, dtype=F64, device=device, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
 
@@ -298,8 +328,8 @@ def test_second_derivatives_of_16_bits_with_lengths(kind, device):
     problem = Problem(kind, Sizes(4, 3, 2, 5), "lengths", reset=True)
     x, *rest = [t.to(device, BF16).requires_grad_() for t in (problem.x, *problem.weights)]
     output, _ = ops.normed(
-        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True, projected=False,
-        directions=1, batch_first=False, dropout=0.0,
+        problem.cell, x, None, rest, problem.lengths.to(device), None, bias=True,
+        projected=problem.projected, directions=1, batch_first=False, dropout=0.0,
     )  # fmt: skip
     first = torch.autograd.grad(output.float().square().sum(), [x, *rest], create_graph=True)
     second = torch.autograd.grad(sum(g.float().square().sum() for g in first), [x, *rest])
@@ -336,6 +366,27 @@ def test_layers_cells_and_functions(kind, device, launches):
     assert torch.autograd.grad(frozen(x.requires_grad_())[0].sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"peephole": True, "coupled": True}], ids=str)
+def test_layers_with_a_projection(options, device, launches):
+    """No warning; functions, and all states."""
+    layer = fastcell.LSTM(3, 7, 2, layer_norm=True, proj_size=3, bidirectional=True, **options)
+    layer, x = layer.to(device), torch.randn(4, 2, 3, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output, (h, c) = layer(x)
+        output.sum().backward()
+        assert len(launches) == 8
+        outputs = layer(x, return_states=True)[0]
+        weights = list(layer.parameters())
+        again = fastcell.functional.lstm(
+            x, None, weights, num_layers=2, bidirectional=True, layer_norm=True, **options
+        )
+    assert (output.shape, h.shape, c.shape) == ((4, 2, 6), (4, 2, 3), (4, 2, 7))
+    assert all(weight.grad.any() for weight in weights)
+    for other in (outputs, again[0]):
+        assert_equal_bits(other.detach().cpu(), output.detach().cpu())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_changed_before_the_backward_pass_is_refused(kind, device):
     layer = getattr(fastcell, kind)(3, 6, layer_norm=True, device=device)
@@ -351,8 +402,8 @@ def test_what_was_changed_before_the_backward_pass_is_refused(kind, device):
 def test_what_the_kernels_refuse():
     plan = emulated().CudaNormedPlan
     with pytest.raises(ValueError, match="no CUDA kernels for normalised cell rnn"):
-        plan(0, "rnn", "float32", False, 1, 1, 1)
+        plan(0, "rnn", "float32", False, 1, 1, 1, 0)
     with pytest.raises(ValueError, match="no CUDA kernels for products of float8"):
-        plan(0, "lstm", "float8", False, 1, 1, 1)
+        plan(0, "lstm", "float8", False, 1, 1, 1, 0)
     with pytest.raises(ValueError, match="other steps or samples than planned"):
-        plan(0, "lstm", "float32", False, 2, 1, 1).run(0, False, [1], 0, [0] * 26)
+        plan(0, "lstm", "float32", False, 2, 1, 1, 0).run(0, False, [1], 0, 0, [0] * 29)

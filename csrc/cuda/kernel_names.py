@@ -34,7 +34,7 @@ CELLS = {
 }
 # Those with kernels for all steps at once: each more would add megabytes to the extension.
 PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-# With layer normalisation: a product for all of them, and what is behind it.
+# With layer normalisation: products for all of them, and what is behind them.
 NORMED = {
     "lstm": "NormedLstm",
     "lstm_peephole": "NormedLstmPeephole",
@@ -42,6 +42,7 @@ NORMED = {
     "lstm_coupled_peephole": "NormedLstmCoupledPeephole",
     "gru": "NormedGru",
 }
+NORMED_PRODUCTS = ("product", "project", "collect")
 # How products are named in Python, what multiplies them, and where besides single steps they exist.
 PRODUCTS = {
     "float64": ("Float64", ()),
@@ -73,7 +74,7 @@ def of_norms(capability: int) -> list[str]:
     for products, (kind, _) in PRODUCTS.items():
         if not exists(products, capability):
             continue
-        found.append(f"fastcell::cuda::normed_product<fastcell::cuda::{kind}>")
+        found += [f"fastcell::cuda::normed_{of}<fastcell::cuda::{kind}>" for of in NORMED_PRODUCTS]
         if products == "tf32":  # the rest is that of float32
             continue
         found += [

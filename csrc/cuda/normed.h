@@ -1,6 +1,6 @@
 // Layers with layer normalisation, a step in two launches: the product with the recurrent weights,
 // then norms and the cell's maths, one block per sample. A norm needs the sums of all units, which
-// blocks that share the units do not have.
+// blocks that share the units do not have. A projection is a product, and so a launch, more.
 #pragma once
 
 #include "forward.h"
@@ -8,12 +8,10 @@
 
 namespace fastcell::cuda {
 
-// A tile of operands by a packed matrix of p.hidden columns: R (p.batch, p.hidden) at p.y.
-template <class P>
-FASTCELL_KERNEL normed_product(const FASTCELL_KERNEL_PARAMETER Sweep p) {
-  using R = typename P::Real;
+// A tile of operands by a packed matrix of p.hidden columns: f(sample, column, sum).
+template <class P, class F>
+FASTCELL_INLINE void multiply_tile(const Sweep& p, const F& f) {
   const Block<P, Step, 1> block(p);
-  R* const to = static_cast<R*>(p.y);
   block.multiply(0);
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
@@ -21,10 +19,71 @@ FASTCELL_KERNEL normed_product(const FASTCELL_KERNEL_PARAMETER Sweep p) {
     const bool inside = block.pair(i, row, unit);
     const Index sample = block.first_sample + row, column = block.first_unit + unit;
     if (!inside || sample >= p.batch || column >= p.hidden) continue;
-    R sum[1];
+    typename P::Real sum[1];
     block.gather(row, unit, sum);
-    to[sample * p.hidden + column] = sum[0];
+    f(sample, column, sum[0]);
   }
+}
+
+template <class P>
+FASTCELL_KERNEL normed_product(const FASTCELL_KERNEL_PARAMETER NormedProduct p) {
+  using R = typename P::Real;
+  R* const to = static_cast<R*>(p.step.sums);
+  multiply_tile<P>(p.product, [&](Index sample, Index column, R sum) {
+    to[sample * p.product.hidden + column] = sum;
+  });
+}
+
+// Whether a sample has step t, which `alive` samples may have.
+FASTCELL_INLINE bool has_step(const NormedStep& p, Index sample, Index alive, Index t) {
+  return sample < alive && (!p.lengths || t < p.lengths[sample]);
+}
+
+// Forward, with a projection: h of what the cell made.
+template <class P>
+FASTCELL_KERNEL normed_project(const FASTCELL_KERNEL_PARAMETER NormedProduct p) {
+  using R = typename P::Real;
+  using E = typename P::Element;
+  const NormedStep& step = p.step;
+  R* const h = static_cast<R*>(step.carry[0]);
+  E *const y = static_cast<E*>(step.y), *const operand = static_cast<E*>(step.operand);
+  multiply_tile<P>(p.product, [&](Index sample, Index k, R sum) {
+    E& stored = y[(step.first + sample) * step.output + k];
+    if (!has_step(step, sample, step.alive, step.t)) {
+      stored = E{};
+      return;
+    }
+    h[sample * step.output + k] = sum;
+    narrow(sum, stored);
+    Operand<P>::from(sum, operand[sample * step.width + k]);
+  });
+}
+
+// Backward, with a projection: h's gradient, of which the step after has made its part. Steps that
+// a sample does not have hand it on.
+template <class P>
+FASTCELL_KERNEL normed_collect(const FASTCELL_KERNEL_PARAMETER NormedProduct p) {
+  using R = typename P::Real;
+  using E = typename P::Element;
+  const NormedStep& step = p.step;
+  R* const d_h = static_cast<R*>(step.carry[0]);
+  const E* const d_y = static_cast<const E*>(step.d_y);
+  E *const d_output = static_cast<E*>(step.d_output), *const to = static_cast<E*>(step.projected);
+  multiply_tile<P>(p.product, [&](Index sample, Index k, R sum) {
+    const Index row = (step.first + sample) * step.output + k;
+    R& carried = d_h[sample * step.output + k];
+    R d = carried + sum;  // (0 where no step after has made one)
+    E stored{}, operand{};
+    if (has_step(step, sample, step.alive, step.t)) {
+      if (d_y) d = d + widen(d_y[row]);
+      narrow(d, stored);
+      Operand<P>::from(d, operand);
+      d = R(0);
+    }
+    carried = d;
+    to[sample * step.projected_width + k] = operand;
+    if (sample < step.alive) d_output[row] = stored;
+  });
 }
 
 // Each v summed over the threads of the block, always in the same order.
@@ -82,7 +141,7 @@ struct Normed {
   static constexpr int N = C::parameters;
 
   const NormedStep& p;
-  const Index H, sample, row;
+  const Index H, sample, row;  // `row`, as `exists`: of the step
   const bool exists, anew;
 
   explicit FASTCELL_INLINE Normed(const NormedStep& step)
@@ -90,13 +149,8 @@ struct Normed {
         H(step.hidden),
         sample(block(0)),
         row(step.first + sample),
-        exists(has(step.alive, step.t)),
+        exists(has_step(step, sample, step.alive, step.t)),
         anew(exists && step.reset && step.reset[row]) {}
-
-  // Whether the sample has step t, which `alive` samples may have.
-  FASTCELL_INLINE bool has(Index alive, Index t) const {
-    return sample < alive && (!p.lengths || t < p.lengths[sample]);
-  }
 
   // This row, or this sample's, of a tensor of `width` numbers each.
   template <class T>
@@ -128,14 +182,18 @@ struct Normed {
     for (Index unit = thread(); unit < H; unit += kThreads) f(unit);
   }
   template <class T>
-  FASTCELL_INLINE void clear(T* to, Index width) const {
-    if (!to) return;
+  static FASTCELL_INLINE void copy_or_clear(T* to, const T* from, Index width) {
 #pragma unroll 1
-    for (Index i = thread(); i < width; i += kThreads) to[i] = T{};
+    for (Index i = thread(); i < width; i += kThreads) to[i] = from ? from[i] : T{};
+  }
+  template <class T>
+  static FASTCELL_INLINE void clear(T* to, Index width) {
+    if (to) copy_or_clear<T>(to, nullptr, width);
   }
 
-  FASTCELL_INLINE void publish(Index k, R value) const {
-    E* const to = at<E>(p.operand, sample, p.width) + k;
+  // For the product that takes this `operand`.
+  FASTCELL_INLINE void publish(void* operand, Index width, Index k, R value) const {
+    E* const to = at<E>(operand, sample, width) + k;
     if constexpr (sizeof(E) == sizeof(float)) {
       if (p.tf32) {
         Operand<Tf32>::from(value, *to);
@@ -151,7 +209,7 @@ struct Normed {
   }
 
   FASTCELL_INLINE void forward() const {
-    E* const y = at<E>(p.y, row, H);
+    E* const y = p.projected ? nullptr : at<E>(p.y, row, H);
     R* const normed = at<R>(p.normed, row, G * H);
     if (!exists) {  // what is not there counts for nothing in the weights' gradients
       clear(y, H);
@@ -192,13 +250,17 @@ struct Normed {
     const R* const terms = at<R>(p.terms, row, G * H);
     const R* const gain = static_cast<const R*>(p.gain);
     const R* const bias = static_cast<const R*>(p.bias);
-    R *const h = at<R>(p.carry[0], sample, H), *const c = at<R>(p.carry[1], sample, H);
+    R *const h = at<R>(p.carry[0], sample, p.output), *const c = at<R>(p.carry[1], sample, H);
     R* const gates = at<R>(p.gates, row, C::saved * H);
     R* const kept_c = cells();
     const auto finish = [&](Index unit, V value) {
+      if (kCell && p.projected) {
+        publish(p.projected, p.projected_width, unit, value.v);
+        return;
+      }
       h[unit] = value.v;
       narrow(value.v, y[unit]);
-      publish(unit, value.v);
+      publish(p.operand, p.width, unit, value.v);
     };
     R cell_mean[1] = {};
     for_units([&](Index unit) {
@@ -212,10 +274,7 @@ struct Normed {
         x[g] = V(terms[k]);
         v[g] = V(fma_of(gain[k], one, bias ? bias[k] : R(0)));
       }
-      if (!anew) {
-        state[0] = V(h[unit]);
-        if (kCell) state[1] = V(c[unit]);
-      }
+      if (!anew) state[kCell] = V((kCell ? c : h)[unit]);
       C::forward(x, v, own, state, saved);
       if (gates) {
 #pragma unroll
@@ -253,9 +312,10 @@ struct Normed {
   }
 
   FASTCELL_INLINE void backward() const {
-    R *const d_h = at<R>(p.carry[0], sample, H), *const d_c = at<R>(p.carry[1], sample, H);
+    const bool projected = kCell && p.projected;
+    R *const d_h = at<R>(p.carry[0], sample, p.output), *const d_c = at<R>(p.carry[1], sample, H);
     // What the step after this one adds to h's gradient.
-    const R* const later = sample < p.fed ? at<R>(p.sums, sample, H) : nullptr;
+    const R* const later = !projected && sample < p.fed ? at<R>(p.sums, sample, H) : nullptr;
     if (!exists) {  // a step that a sample does not have hands its gradient on
       if (later) for_units([&](Index unit) { d_h[unit] = d_h[unit] + later[unit]; });
       clear(at<E>(p.operand, sample, p.width), G * H);
@@ -263,7 +323,8 @@ struct Normed {
       clear(at<R>(p.d_terms, row, G * H), G * H);
       clear(at<R>(p.d_normed, row, G * H), G * H);
       clear(at<E>(p.d_sums, row, G * H), G * H);
-      clear(at<E>(p.before, row, H), H);
+      clear(at<E>(p.before, row, p.output), p.output);
+      clear(at<E>(p.cell_output, row, H), H);
       if (kCell) clear(at<R>(p.d_cell, row, H), H);
       clear(at<R>(p.d_parameters, row, N * H), N * H);
       return;
@@ -282,7 +343,10 @@ struct Normed {
     R* const d_parameters = at<R>(p.d_parameters, row, N * H);
     const R* const cell = cells();
     const R* const d_cells = at<R>(p.d_cells, row, H);
+    const R* const d_projected = projected ? at<R>(p.sums, sample, H) : nullptr;
+    E* const cell_output = at<E>(p.cell_output, row, H);
     const auto d_output = [&](Index unit) {
+      if (projected) return d_projected[unit];
       R d = d_h[unit];
       if (later) d = d + later[unit];
       return d_y ? d + widen(d_y[unit]) : d;
@@ -298,6 +362,7 @@ struct Normed {
         V saved[C::saved], d_u[G];
         load_saved(unit, saved);
         const V n = cell_norm(unit, normed_c[unit]);
+        if (projected) narrow(C::output(saved, n).v, cell_output[unit]);
         d_n[unit] = C::backward_output(saved, n, V(d_output(unit)), d_u).v;
         d_normed[(G - 1) * H + unit] = d_u[G - 1].v;
         const R d = d_n[unit] * cell_gain[unit];
@@ -310,34 +375,35 @@ struct Normed {
     }
 
     // The states before the step.
-    const bool begun = has(p.past_alive, p.past_t);
+    const bool begun = has_step(p, sample, p.past_alive, p.past_t);
     const Index past = p.past_first + sample;
-    const E* past_h = begun ? at<E>(p.y, past, H) : at<E>(p.state[0], sample, H);
+    const E* past_h = begun ? at<E>(p.y, past, p.output) : at<E>(p.state[0], sample, p.output);
     const R* past_c = begun ? at<R>(p.cells, past, H) : at<R>(p.state[1], sample, H);
     if (anew) past_h = nullptr, past_c = nullptr;
-    E* const before_h = at<E>(p.before, row, H);
+    E* const before_h = at<E>(p.before, row, p.output);
+    copy_or_clear(before_h, past_h, p.output);
     R sums[2 * C::parts] = {};  // of the recurrent terms' norms, likewise
     for_units([&](Index unit) {
       V saved[C::saved], before[2], d_state[2], d_x[G], d_u[G], own[N + 1], d_own[N + 1], c(0);
       load_saved(unit, saved);
       load_parameters(unit, own);
-      before_h[unit] = past_h ? past_h[unit] : E{};
-      before[0] = V(widen(before_h[unit]));
       if constexpr (kCell) {
         const R d = d_n[unit] * cell_gain[unit];
         const R d_cell = (d - through[0] - normed_c[unit] * through[1]) * scales[C::parts];
+        before[0] = V(0);
         before[1] = V(past_c ? past_c[unit] : R(0));
         c = V(cell[unit]);
         d_state[0] = V(0);
         d_state[1] = V(d_c[unit] + d_cell + (d_cells ? d_cells[unit] : R(0)));
         d_u[G - 1] = V(d_normed[(G - 1) * H + unit]);
       } else {
+        before[0] = V(widen(before_h[unit]));
         d_state[0] = V(d_output(unit));
       }
       C::backward(saved, own, before, c, d_state, d_x, d_u, d_own);
 #pragma unroll
       for (int i = 0; i < N; ++i) d_parameters[i * H + unit] = d_own[i].v;
-      d_h[unit] = kCell || anew ? R(0) : d_state[0].v;
+      if (!projected) d_h[unit] = kCell || anew ? R(0) : d_state[0].v;
       if constexpr (kCell) d_c[unit] = anew ? R(0) : d_state[1].v;
 #pragma unroll
       for (int g = 0; g < G; ++g) {
@@ -362,7 +428,8 @@ struct Normed {
         const int i = kParts.of[g];
         const R d = d_normed[k] * gain[k] - sums[2 * i] - normed[k] * sums[2 * i + 1];
         narrow(d * scales[i], d_sums[k]);
-        publish(k, anew ? R(0) : d * scales[i]);  // what was reset has no gradient
+        // What was reset has no gradient.
+        publish(p.operand, p.width, k, anew ? R(0) : d * scales[i]);
       }
     });
   }

@@ -4,6 +4,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../pointers.h"
@@ -19,7 +20,7 @@ using cuda::NormedPlan;
 using cuda::NormedStep;
 
 // The addresses of a step, in the order of NormedStep; 0 for null.
-constexpr size_t kPointers = 26;
+constexpr size_t kPointers = 29;
 NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   NormedStep step{};
   step.lengths = as<const long long>(p[0]);
@@ -48,6 +49,9 @@ NormedStep step_of(const std::array<Pointer, kPointers>& p) {
   step.parameters = as(p[23]);
   step.d_parameters = as(p[24]);
   step.d_cells = as(p[25]);
+  step.projected = as(p[26]);
+  step.cell_output = as(p[27]);
+  step.d_output = as(p[28]);
   return step;
 }
 
@@ -56,21 +60,30 @@ NormedStep step_of(const std::array<Pointer, kPointers>& p) {
 void bind_cuda_normed(py::module_& module) {
   py::class_<NormedPlan>(module, "CudaNormedPlan", py::module_local(),
                          "How a layer with layer normalisation runs on a GPU, and its launches.")
-      .def(py::init([](int device, const std::string& cell, const std::string& products,
-                       bool backward, long long steps, long long batch, int hidden) {
-             const py::gil_scoped_release release;
-             return cuda::choose_normed_plan(device, cell, products, backward, steps, batch,
-                                             hidden);
-           }),
-           py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
-           py::arg("steps"), py::arg("batch"), py::arg("hidden"))
-      .def_property_readonly("width", &NormedPlan::width)
-      .def_property_readonly("columns", &NormedPlan::columns)
-      .def_property_readonly("samples", &NormedPlan::samples)
+      .def(
+          py::init([](int device, const std::string& cell, const std::string& products,
+                      bool backward, long long steps, long long batch, int hidden, int projection) {
+            const py::gil_scoped_release release;
+            return cuda::choose_normed_plan(device, cell, products, backward, steps, batch, hidden,
+                                            projection);
+          }),
+          py::arg("device"), py::arg("cell"), py::arg("products"), py::arg("backward"),
+          py::arg("steps"), py::arg("batch"), py::arg("hidden"), py::arg("projection"))
+      .def_property_readonly(
+          "products",
+          [](const NormedPlan& plan) {
+            std::vector<std::tuple<int, int, int>> found;
+            const auto add = [&](const cuda::Plan& one) {
+              found.push_back({cuda::samples_of(one), one.width, cuda::columns_of(one)});
+            };
+            add(plan.product);
+            if (plan.projection) add(*plan.projection);
+            return found;
+          })
       .def(
           "run",
           [](const NormedPlan& plan, Pointer stream, bool reverse,
-             const std::vector<long long>& sizes, Pointer weights,
+             const std::vector<long long>& sizes, Pointer weights, Pointer projection,
              const std::array<Pointer, kPointers>& pointers) {
             const auto& planned = plan.product.sizes;
             if (static_cast<long long>(sizes.size()) != planned.steps || sizes.empty() ||
@@ -82,10 +95,10 @@ void bind_cuda_normed(py::module_& module) {
             const Timeline time{planned.steps, planned.batch, offsets.back(), offsets.data()};
             const NormedStep step = step_of(pointers);
             py::gil_scoped_release release;
-            cuda::run(plan, step, time, reverse, as(weights), as(stream));
+            cuda::run(plan, step, time, reverse, as(weights), as(projection), as(stream));
           },
           py::arg("stream"), py::arg("reverse"), py::arg("sizes"), py::arg("weights"),
-          py::arg("pointers"));
+          py::arg("projection"), py::arg("pointers"));
 }
 
 }  // namespace fastcell

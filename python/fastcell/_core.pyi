@@ -328,23 +328,19 @@ class CudaNormedPlan:
         steps: int,
         batch: int,
         hidden: int,
+        projection: int,
     ) -> None:
-        """Of one direction and pass; ``cell``: ``"lstm"`` or ``"gru"``.
+        """Of one direction and pass; ``projection``: numbers of h, or 0 without one.
 
-        Raises ValueError for another, RuntimeError without a driver or such a device.
+        Raises ValueError for a cell without kernels, RuntimeError without a driver or such a
+        device.
         """
 
     @property
-    def width(self) -> int:
-        """Numbers along k of the recurrent product, with padding."""
-
-    @property
-    def columns(self) -> int:
-        """Of the product, with padding."""
-
-    @property
-    def samples(self) -> int:
-        """Rows of the product, with padding."""
+    def products(self) -> list[tuple[int, int, int]]:
+        """Samples, numbers along k and columns of the recurrent product and of the projection, if
+        there is one, with their padding.
+        """
 
     def run(
         self,
@@ -352,6 +348,7 @@ class CudaNormedPlan:
         reverse: bool,
         sizes: Sequence[int],
         weights: int,
+        projection: int,
         pointers: Sequence[int],
     ) -> None:
         """All steps, of ``sizes`` samples each. ``pointers``: csrc/cuda/normed_bindings.cpp."""

@@ -27,7 +27,7 @@ _LAYERS = (RNN, IndRNN, LSTM, GRU)
 # How a step with layer normalisation is shared out.
 _NORMED = {
     "cpu": "the hidden units for products, then the samples for norms, two barriers per step",
-    "cuda": "two launches per step, of the product and of a block per sample",
+    "cuda": "in each step a launch of each product, and one of a block per sample",
 }
 _CELLS = (RNNCell, LSTMCell, GRUCell, IndRNNCell)
 _QUANTIZED = (QuantizedLayer, QuantizedCell)

@@ -88,12 +88,10 @@ def stack(
     return outputs, cells, tuple([torch.stack(parts) for parts in zip(*finals, strict=True)])
 
 
-def engine(cell: str, rows: Tensor, projected: bool) -> Run | None:
+def engine(rows: Tensor) -> Run | None:
     """The kernels' way to run a layer and direction; None where they cannot be called."""
     if torch.compiler.is_compiling() or not is_plain(rows) or transforms.transformed():
         return None
     if why_no_kernels(rows.device) or rows.dtype not in engine_of(rows).DTYPES:
         return None
-    if engine_of(rows) is not cuda:
-        return normed_cpu.layer
-    return normed_cuda.layer if normed_cuda.has(cell, projected) else None
+    return normed_cuda.layer if engine_of(rows) is cuda else normed_cpu.layer

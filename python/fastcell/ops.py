@@ -25,9 +25,7 @@ from torch._compile import _disable_dynamo
 
 from . import (
     composite,
-    cuda,
     normed_composite,
-    normed_cuda,
     operator_checks,
     operators,
     transforms,
@@ -263,15 +261,13 @@ def normed_states(
             "input, initial states and weights must have one dtype and device, got "
             f"{sorted(map(str, dtypes))} on {sorted(map(str, devices))}"
         )
-    layer = normed_engine(cell, input, projected)
+    layer = normed_engine(input)
     if layer is None and input.dtype in _NARROW:
         result_dtype = result_dtype or input.dtype
         input, hx, weights = _cast(torch.float32, input, hx, weights)
-        layer = normed_engine(cell, input, projected)
+        layer = normed_engine(input)
     if layer is None:
         missing = why_no_kernels(input.device)
-        if not missing and engine_of(input) is cuda and not normed_cuda.has(cell, projected):
-            missing = "layer normalisation with a projection on a GPU"
         if missing:
             _without_kernel(missing)
         layer = normed_composite.layer

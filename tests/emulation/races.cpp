@@ -152,8 +152,8 @@ class Layer {
 
   bool projected() const { return hidden_ != output_; }
 
-  // Weights as python/fastcell/cuda_weights.py packs them: [units / 8][k chunk][group][8][64 bytes],
-  // zero beside the `units` and `k` that `weight` (group, unit, k) has.
+  // Weights as python/fastcell/cuda_weights.py packs them: [units / 8][k chunk][group][8][64
+  // bytes], zero beside the `units` and `k` that `weight` (group, unit, k) has.
   template <class Weight>
   static std::vector<E> pack(size_t groups, size_t units, size_t k, size_t columns, int width,
                              const Weight& weight) {
@@ -326,10 +326,10 @@ void test(const Case& sizes, const char* products, double tolerance) {
   }
 }
 
-// A layer with layer normalisation, both passes. What it finds is finite, whatever lay in memory;
-// test_cuda_layer_norm.py says whether it is right.
+// A layer with layer normalisation, both passes; `projection`: to how many numbers, or 0. What it
+// finds is finite, whatever lay in memory; test_cuda_layer_norm.py says whether it is right.
 template <class P>
-void test_normed(const char* cell, const char* products) {
+void test_normed(const char* cell, const char* products, int projection) {
   using E = typename P::Element;
   using R = typename P::Real;
   emulated::pretend({90, 1, 227 << 10, true, 16});
@@ -337,11 +337,13 @@ void test_normed(const char* cell, const char* products) {
   constexpr long long kBatch = 3;
   const bool lstm = std::string(cell) == "lstm";
   const size_t wide = (lstm ? 4 : 3) * kHidden, units = kHidden, batch = kBatch;
+  const size_t outputs = projection > 0 ? size_t(projection) : units;
   const size_t rows = kSteps * batch, norms = 2;
   const auto terms = random<R>(rows * wide, 1), gain = random<R>(wide, 1);
   const auto bias = random<R>(wide, 1), cell_norm = random<R>(2 * units, 1);
-  const auto d_y = random<E>(rows * units, 1);
-  auto y = unwritten<E>(rows * units), d_sums = unwritten<E>(rows * wide), before = y;
+  const auto d_y = random<E>(rows * outputs, 1);
+  auto y = unwritten<E>(rows * outputs), d_sums = unwritten<E>(rows * wide), before = y;
+  auto cell_output = unwritten<E>(rows * units), d_output = y;
   auto normed = unwritten<R>(rows * wide), gates = unwritten<R>(rows * 4 * units);
   auto cells = unwritten<R>(2 * rows * units), scales = unwritten<R>(rows * norms);
   auto d_terms = normed, d_normed = normed, d_cell = unwritten<R>(rows * units);
@@ -364,30 +366,42 @@ void test_normed(const char* cell, const char* products) {
   step.d_sums = d_sums.data();
   step.d_cell = d_cell.data();
   step.before = before.data();
+  if (projection > 0) {
+    step.cell_output = cell_output.data();
+    step.d_output = d_output.data();
+  }
   for (const bool backward : {false, true}) {
     const NormedPlan plan =
-        choose_normed_plan(0, cell, products, backward, kSteps, kBatch, kHidden);
-    const auto weights = random<E>(size_t(plan.columns() * plan.width()), 0.1);
-    std::vector<E> operand(size_t(plan.samples() * plan.width()));
+        choose_normed_plan(0, cell, products, backward, kSteps, kBatch, kHidden, projection);
+    std::vector<E> weights[2], operands[2];
+    const auto prepare = [&](int i, const Plan& product) {
+      weights[i] = random<E>(size_t(columns_of(product) * product.width), 0.1);
+      operands[i].resize(size_t(samples_of(product) * product.width));
+    };
+    prepare(0, plan.product);
+    if (plan.projection) prepare(1, *plan.projection);
     auto sums = unwritten<R>(batch * (backward ? units : wide));
-    std::vector<R> h(batch * units), c(batch * units);
+    std::vector<R> h(batch * outputs), c(batch * units);
     step.carry[0] = h.data();
     step.carry[1] = c.data();
     step.sums = sums.data();
-    step.operand = operand.data();
+    step.operand = operands[0].data();
+    step.projected = plan.projection ? operands[1].data() : nullptr;
     const fastcell::Timeline time{kSteps, kBatch, int64_t(rows), nullptr};
-    fastcell::cuda::run(plan, step, time, false, weights.data(), nullptr);
+    fastcell::cuda::run(plan, step, time, false, weights[0].data(), weights[1].data(), nullptr);
     const auto finite = [](const auto& some) {
       return std::all_of(some.begin(), some.end(),
                          [](auto x) { return std::isfinite(double(widen(x))); });
     };
     ++passes;
     if (finite(h) && finite(c) && finite(y) &&
-        (!backward || (finite(sums) && finite(d_terms) && finite(d_normed) && finite(d_sums)))) {
+        (!backward || (finite(sums) && finite(d_terms) && finite(d_normed) && finite(d_sums) &&
+                       (projection == 0 || (finite(cell_output) && finite(d_output)))))) {
       continue;
     }
     ++failures;
-    std::printf("normed %s, %s, %s\n", cell, products, backward ? "backward" : "forward");
+    std::printf("normed %s%s, %s, %s\n", cell, projection > 0 ? " projected" : "", products,
+                backward ? "backward" : "forward");
   }
 }
 
@@ -418,13 +432,16 @@ int main(int count, char** arguments) {
     test<Brain>(sizes, "bfloat16", 3e-2);
     test<Half>(sizes, "float16", 4e-3);
   }
-  for (const char* cell : {"lstm", "gru"}) {
-    test_normed<Float64>(cell, "float64");
-    test_normed<Float32>(cell, "float32");
-    test_normed<Tf32>(cell, "tf32");
-    test_normed<Brain>(cell, "bfloat16");
-    test_normed<Half>(cell, "float16");
-  }
+  const auto test_norms = [](const char* cell, int projection) {
+    test_normed<Float64>(cell, "float64", projection);
+    test_normed<Float32>(cell, "float32", projection);
+    test_normed<Tf32>(cell, "tf32", projection);
+    test_normed<Brain>(cell, "bfloat16", projection);
+    test_normed<Half>(cell, "float16", projection);
+  };
+  test_norms("lstm", 0);
+  test_norms("gru", 0);
+  test_norms("lstm", 21);
   std::printf("%d passes, %d failures\n", passes, failures);
   return failures ? 1 : 0;
 }
