@@ -470,12 +470,13 @@ class SmallCall {
  public:
   explicit SmallCall(const BoundStack& stack) : stack_(stack) {}
 
-  // attributes: of the module, and their values; sizes of the input, (T, B, I) or as the module has
-  // it; weights by name, in the order in which they were packed; templates: tensors as the results
-  // are, made by `empty_like`; unchanged: (dictionary, key), whose values must stay the same
-  // objects; quiet: functions that must return nothing true; `threads_now`: torch's number;
-  // served: is no longer empty once a call was this one.
+  // attributes: of the module, and their values; absent: those that it must not have; sizes of the
+  // input, (T, B, I) or as the module has it; weights by name, in the order in which they were
+  // packed; templates: tensors as the results are, made by `empty_like`; unchanged: (dictionary,
+  // key), whose values must stay the same objects; quiet: functions that must return nothing true;
+  // `threads_now`: torch's number; served: is no longer empty once a call was this one.
   static py::object make(const BoundStack& stack, const py::object& capsule, py::dict attributes,
+                         std::vector<py::object> absent,
                          const std::vector<std::pair<py::str, py::object>>& weights,
                          py::object packed, py::object workspace, Pointer workspace_pointer,
                          Pointer packed_pointer, int64_t steps, int64_t batch, bool batch_first,
@@ -488,6 +489,7 @@ class SmallCall {
     if (templates.empty()) throw std::invalid_argument("a call has results");
     call->tensor_type_ = py::type::of(templates[0]);
     call->attributes_ = std::move(attributes);
+    call->absent_ = std::move(absent);
     call->packed_ = std::move(packed);
     call->workspace_ = std::move(workspace);
     call->call_ = stack.inference_call(as(packed_pointer), as(workspace_pointer));
@@ -506,7 +508,9 @@ class SmallCall {
     call->served_ = std::move(served);
     for (const auto& [name, weight] : weights) {
       call->weights_.emplace_back(name, weight, *call->api_);
+      call->parameter_type_ = py::type::of(weight);
     }
+    if (call->weights_.empty()) throw std::invalid_argument("a call has weights");
     call->fingerprint_ = call->fingerprint_now();
 
     static PyMethodDef method = {
@@ -546,6 +550,9 @@ class SmallCall {
     while (PyDict_Next(attributes_.ptr(), &at, &name, &value)) {
       if (PyDict_GetItem(module, name) != value) return py::none();
     }
+    for (const py::object& absent : absent_) {
+      if (PyDict_GetItem(module, absent.ptr())) return py::none();
+    }
     PyObject* const parameters = PyDict_GetItem(module, parameters_name);
     if (!parameters) return py::none();
     for (const RecordedWeight& weight : weights_) {
@@ -555,35 +562,41 @@ class SmallCall {
     dlpack::Tensor x;
     const int64_t first = batch_first_ ? batch_ : steps_, second = batch_first_ ? steps_ : batch_;
     if (!view(input, {first, second, s.input}, x) || x.strides[2] != 1) return py::none();
-    call_.x = {static_cast<const char*>(x.data), x.strides[batch_first_], x.strides[!batch_first_],
-               false};
+    // (Nothing is written to `call_` before the last call into Python, where a finalizer may make
+    // this same call.)
+    const RowMap<const char> rows{static_cast<const char*>(x.data), x.strides[batch_first_],
+                                  x.strides[!batch_first_], false};
+    const void* initial[kMaxStates] = {};
+    void* final[kMaxStates] = {};
     const int64_t runs = int64_t(s.layers) * s.directions;
-    const Py_ssize_t given = states == Py_None ? 0 : PyTuple_Size(states);
-    if (given < 0) throw py::error_already_set();
-    for (int i = 0; i < kMaxStates; ++i) {
-      call_.state[i] = nullptr;
-      call_.final_state[i] = nullptr;
-      if (i >= given) continue;
+    const Py_ssize_t given = PyTuple_Check(states) ? PyTuple_GET_SIZE(states) : 0;
+    if (given == 0 && states != Py_None) return py::none();
+    for (int i = 0; i < kMaxStates && i < given; ++i) {
       PyObject* const state = PyTuple_GetItem(states, i);
       const int64_t size = s.state_size(i);
       dlpack::Tensor seen;
-      if (!plain(state) || !view(state, {runs, batch_, size}, seen) || seen.strides[2] != 1 ||
+      const bool known = plain(state) || Py_TYPE(state) == parameter_type();
+      if (!known || !view(state, {runs, batch_, size}, seen) || seen.strides[2] != 1 ||
           seen.strides[1] != size || seen.strides[0] != batch_ * size) {
         return py::none();
       }
-      call_.state[i] = seen.data;
+      initial[i] = seen.data;
     }
     if (fingerprint_now() != fingerprint_) return py::none();
 
     dlpack::Tensor seen;
     py::object output = like(templates_[0], seen);
-    call_.y = seen.data;
+    void* const y = seen.data;
     py::list finals(templates_.size() - 1);
     for (size_t i = 1; i < templates_.size(); ++i) {
-      py::object final = like(templates_[i], seen);
-      call_.final_state[i - 1] = seen.data;
-      PyList_SET_ITEM(finals.ptr(), Py_ssize_t(i) - 1, final.release().ptr());
+      py::object one = like(templates_[i], seen);
+      final[i - 1] = seen.data;
+      PyList_SET_ITEM(finals.ptr(), Py_ssize_t(i) - 1, one.release().ptr());
     }
+    call_.x = rows;
+    call_.y = y;
+    std::copy_n(initial, kMaxStates, call_.state);
+    std::copy_n(final, kMaxStates, call_.final_state);
     const bool barriers = !crowded();
     if (barriers != barriers_ || call_.schedule.direction_groups == 0) {
       call_.schedule = stack_.schedule(call_.time, threads_, barriers, true);
@@ -597,6 +610,10 @@ class SmallCall {
   bool plain(PyObject* tensor) const {
     return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == tensor_type_.ptr();
   }
+  // Of the weights, and of an initial state that is learned.
+  PyTypeObject* parameter_type() const {
+    return reinterpret_cast<PyTypeObject*>(parameter_type_.ptr());
+  }
 
   // Whether the rest of torch is as it was: no mode, no gradient, no other number of threads.
   bool surroundings() const {
@@ -604,9 +621,13 @@ class SmallCall {
       if (PyDict_GetItem(dictionary.ptr(), key.ptr()) != value.ptr()) return false;
     }
     for (const py::object& function : quiet_) {
-      if (PyObject_IsTrue(called(function).ptr())) return false;
+      const int loud = PyObject_IsTrue(called(function).ptr());
+      if (loud < 0) throw py::error_already_set();
+      if (loud) return false;
     }
-    return PyLong_AsLong(called(threads_now_).ptr()) == threads_;
+    const long threads = PyLong_AsLong(called(threads_now_).ptr());
+    if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return threads == threads_;
   }
 
   static py::object called(const py::object& function) {
@@ -646,10 +667,10 @@ class SmallCall {
 
   BoundStack stack_;
   const dlpack::ExchangeApi* api_ = nullptr;
-  py::object tensor_type_;
+  py::object tensor_type_, parameter_type_;
   py::dict attributes_;
   py::object packed_, workspace_;  // kept alive
-  std::vector<py::object> templates_, quiet_;
+  std::vector<py::object> absent_, templates_, quiet_;
   py::object empty_like_, threads_now_;
   py::list served_;
   std::vector<Unchanged> unchanged_;
@@ -841,10 +862,11 @@ PYBIND11_MODULE(_core, m) {
       "has_exchange_api", [](py::handle capsule) { return exchange_api(capsule) != nullptr; },
       py::arg("capsule"));
   m.def("small_call", &SmallCall::make, py::arg("stack"), py::arg("exchange_api"),
-        py::arg("attributes"), py::arg("weights"), py::arg("packed"), py::arg("workspace"),
-        py::arg("workspace_pointer"), py::arg("packed_pointer"), py::arg("steps"), py::arg("batch"),
-        py::arg("batch_first"), py::arg("threads"), py::arg("templates"), py::arg("empty_like"),
-        py::arg("unchanged"), py::arg("quiet"), py::arg("threads_now"), py::arg("served"),
+        py::arg("attributes"), py::arg("absent"), py::arg("weights"), py::arg("packed"),
+        py::arg("workspace"), py::arg("workspace_pointer"), py::arg("packed_pointer"),
+        py::arg("steps"), py::arg("batch"), py::arg("batch_first"), py::arg("threads"),
+        py::arg("templates"), py::arg("empty_like"), py::arg("unchanged"), py::arg("quiet"),
+        py::arg("threads_now"), py::arg("served"),
         "A layer's call at one shape, which is likely to come again, as a function.");
 
   py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")

@@ -261,22 +261,53 @@ def test_all_states_with_all_else(name, beside):
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_recurrent_dropout_takes_the_same_units_from_all_steps(beside, recompute):
+@pytest.mark.parametrize("way", ["", "recompute", "all states"])
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_recurrent_dropout_takes_the_same_units_from_all_steps(name, beside, way):
     torch.manual_seed(4)
-    layer = fastcell.GRU(
-        3, 6, skip=2, skip_beside=beside, recurrent_dropout=0.5, recompute=recompute
-    ).double()
+    layer = LAYERS[name](
+        3, 6, 2, skip=2, skip_beside=beside, recurrent_dropout=0.5, bidirectional=True,
+        recompute=way == "recompute",
+    ).double()  # fmt: skip
     x = torch.randn(9, 2, 3, dtype=torch.float64)
     torch.manual_seed(8)
-    output, _ = layer(x)
+    output = layer(x, return_states=way == "all states")[0]
     torch.manual_seed(8)
-    factors = torch.nn.functional.dropout(torch.ones(1, 2, 6, dtype=torch.float64), 0.5)
+    factors = torch.nn.functional.dropout(torch.ones(4, 2, 6, dtype=torch.float64), 0.5)
     result = reference.forward(
-        "gru", x.numpy(), None, [w.detach().numpy() for w in layer._flat_weights], skip=2,
-        skip_beside=beside, recurrent_masks=factors.numpy(),
+        name.lower(), x.numpy(), None, [w.detach().numpy() for w in layer._flat_weights],
+        num_layers=2, bidirectional=True, skip=2, skip_beside=beside,
+        recurrent_masks=factors.numpy(),
     )  # fmt: skip
     torch.testing.assert_close(output, torch.from_numpy(result.output))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_functions_and_draws_are_captured_whole(beside):
+    layer = fastcell.LSTM(3, 4, 2, skip=2, skip_beside=beside, weight_dropout=0.5)
+    x, weights = torch.randn(6, 2, 3), [w.detach() for w in layer.parameters()]
+    run = functools.partial(
+        fastcell.functional.lstm, num_layers=2, skip=2, skip_beside=beside,
+    )  # fmt: skip
+    compiled = torch.compile(lambda x: run(x, None, weights)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), run(x, None, weights)[0])
+    assert torch.compile(layer, fullgraph=True, backend="eager")(x)[0].shape == (6, 2, 4)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_sixteen_bits_under_autocast_and_another_default_device(beside):
+    layer = fastcell.GRU(3, 4, skip=2, skip_beside=beside, bidirectional=True).half()
+    x = torch.randn(5, 2, 3).half()
+    reset = torch.zeros(5, 2, dtype=torch.bool)
+    for arguments in ({}, {"reset": reset}):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x, **arguments)[0]
+        wanted = layer(x, **arguments)[0]
+        torch.testing.assert_close(found.float(), wanted.float(), atol=0.03, rtol=0.03)
+    packed = pack_padded_sequence(x, torch.tensor([5, 3]))
+    with torch.device("meta"):
+        rows = layer(packed)[0].data
+    assert torch.equal(rows, layer(packed)[0].data)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
@@ -439,6 +470,17 @@ def test_wrong_delays_are_refused():
         layer(torch.zeros(4, 3), lengths=torch.tensor([2]))
     with pytest.raises(RuntimeError, match="h_0"):
         layer(torch.zeros(4, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="input is torch.float64, but the weights"):
+        layer(torch.zeros(4, 2, 3).double())
+    rows, sizes = torch.zeros(5, 3), torch.tensor([2, 2, 1, 0])
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        layer(PackedSequence(rows, sizes))
+    with pytest.raises(RuntimeError, match="must have 2 dimensions"):
+        layer(PackedSequence(rows[None], sizes[:3]))
+    deep = fastcell.GRU(3, 4, 2, skip=2, skip_beside=True)
+    deep.dropout = 2.0
+    with pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
+        deep(torch.zeros(4, 2, 3))
 
 
 def cpu_forward(config, x, states, weights):
@@ -574,6 +616,26 @@ def test_delays_block_by_block_and_compiled(name):
     assert_alike(gradients(layer), found)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "both directions"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+def test_no_sample_in_any_way(beside, bidirectional, resets, recompute):
+    layer = fastcell.LSTM(
+        2, 3, 2, skip=2, skip_beside=beside, bidirectional=bidirectional, recompute=recompute
+    ).double()
+    x = torch.randn(5, 0, 2, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(5, 0, dtype=torch.bool) if resets else None
+    count = 4 if bidirectional else 2
+    for hx in (None, states_for(layer, 0)):
+        output, (h, c) = layer(x, hx, reset=reset)
+        assert output.shape == (5, 0, 3 * count // 2)
+        assert (h.shape, c.shape) == ((count, 0, 3), (count, 0, 3))
+        output.sum().backward()
+    every = layer(x, reset=reset, return_states=True)[2]
+    assert every[0].shape == every[1].shape == (count, 5, 0, 3)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
 def test_delays_of_no_sample():
     layer = fastcell.GRU(2, 3, skip=2, skip_beside=True).double()
@@ -584,9 +646,10 @@ def test_delays_of_no_sample():
     assert tangent.shape == output.shape
 
 
-def test_a_wrong_weight_of_a_delay_is_named():
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_a_wrong_weight_of_a_delay_is_named(recompute):
     for weight, error in ((torch.randn(3, 3), RuntimeError), (None, TypeError)):
-        layer = fastcell.GRU(2, 3, skip=2, skip_beside=True)
+        layer = fastcell.GRU(2, 3, skip=2, skip_beside=True, recompute=recompute)
         layer.weight_skip_l0 = None if weight is None else torch.nn.Parameter(weight)
         with pytest.raises(error, match="weight_skip must be"):
             layer(torch.randn(4, 1, 2))

@@ -313,3 +313,67 @@ assert layer.__dict__["_small"].call is small.no_call
 )  # fmt: skip
 def test_which_exchange_apis_are_usable(api, usable):
     python(PRETEND + f"assert _core.has_exchange_api({api}) is {usable}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("skip", 2), ("weight_dropout", 0.9), ("recurrent_dropout", 0.9), ("dropout", 0.5)],
+)
+def test_options_set_afterwards_are_noticed(option, value):
+    layer, x, h = fastcell.RNN(3, 5, 2), torch.randn(3, 2, 3), torch.randn(2, 2, 5)
+
+    def outcome(layer):
+        torch.manual_seed(0)
+        try:
+            return layer(x, h)[0]
+        except RuntimeError as error:
+            return str(error)
+
+    with torch.no_grad():
+        for _ in range(4):
+            layer(x, h)
+        assert layer.__dict__["_small"].call is not small.no_call
+        setattr(layer, option, value)
+        found, wanted = outcome(layer), outcome(fresh(layer))
+    if isinstance(wanted, str):
+        assert found == wanted
+    else:
+        assert_equal_bits(found, wanted)
+
+
+def test_a_learned_initial_state_is_served(count):
+    layer, x = fastcell.GRU(5, 7), torch.randn(1, 2, 5)
+    h = torch.nn.Parameter(torch.randn(1, 2, 7))
+    with torch.no_grad():
+        wanted = layer(x, h)[0]
+        for _ in range(4):
+            assert_equal_bits(layer(x, h)[0], wanted)
+    assert count() > 0
+
+
+def test_a_finalizer_may_make_the_same_call():
+    """Wherever the garbage collector runs within one."""
+    python("""
+import gc, torch, fastcell
+torch.set_num_threads(1)
+layer, a, b = fastcell.LSTM(3, 5), torch.randn(1, 2, 3), torch.randn(1, 2, 3)
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        layer(b)
+
+with torch.no_grad():
+    wanted = layer(a)[0].clone()
+    for _ in range(4):
+        layer(a)
+    gc.disable(), gc.collect()
+    for i in range(2000):
+        Cycle()
+        gc.set_threshold(1 + i % 12, 1000, 1000)
+        gc.enable()
+        found = layer(a)[0]
+        gc.disable()
+        assert torch.equal(found, wanted)
+""")

@@ -80,7 +80,7 @@ FASTCELL_INLINE void multiply_unpacked(const T* const* a, const T* w, int64_t st
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) sums[r][n] = V(0);
   }
-  const auto columns = [&](const T* row, int n) {
+  const auto some = [&](const T* row, int n) {
     return n + 1 < vectors ? V::load(row + n * V::lanes)
            : n < vectors   ? load_first(row + n * V::lanes, valid)
                            : V(0);
@@ -107,7 +107,7 @@ FASTCELL_INLINE void multiply_unpacked(const T* const* a, const T* w, int64_t st
     if (vectors == N && valid == V::lanes) {
       run([](const T* row, int n) { return V::load(row + n * V::lanes); });
     } else {
-      run(columns);
+      run(some);
     }
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < N; ++n) sums[r][n] = sums[r][n] + chain[r][n];

@@ -265,6 +265,7 @@ def small_call(
     stack: Stack,
     exchange_api: Any,
     attributes: dict[str, Any],
+    absent: Sequence[str],
     weights: Sequence[tuple[str, Any]],
     packed: Any,
     workspace: Any,
@@ -283,7 +284,8 @@ def small_call(
 ) -> object:
     """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them.
 
-    ``attributes``: those of the module that must still be the same objects; ``unchanged``: entries
+    ``attributes``: those of the module that must still be the same objects; ``absent``: those that
+    it must not have; ``unchanged``: entries
     of dictionaries likewise; ``quiet``: functions that must return nothing true; ``templates``:
     tensors like the results; ``served``: empty, until a call has been this one.
 

@@ -146,13 +146,12 @@ def checked_probability(name: str, p: float) -> float:
     return float(p)
 
 
-def checked_skip(skip: int, beside: bool) -> int:
-    """``skip``, or ValueError where it is no delay, or none that can be beside the last step."""
+def check_skip(skip: int, beside: bool) -> None:
+    """Raise ValueError where it is no delay, or none that can be beside the last step."""
     if type(skip) is not int or skip < 1:
         raise ValueError(f"skip must be a positive number of steps, got {skip!r}")
     if beside and skip < 2:
         raise ValueError(f"skip_beside=True takes a skip of 2 or more steps, got {skip}")
-    return skip
 
 
 def with_options(cell: str, options: Options) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import (
+    check_skip,
     checked_probability,
-    checked_skip,
     gru_cell,
     independent_cell,
     lstm_cell,
@@ -136,7 +136,7 @@ def leaky_rnn(
     """Leaky units, h_t = alpha h_{t-1} + (1 - alpha) tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
     Arguments, shapes, results and errors are those of :func:`rnn`, except that each layer and
-    direction has one more weight at the end: ``weight_leak`` (1, H), the alphas.
+    direction has one more weight after the biases: ``weight_leak`` (1, H), the alphas.
 
     Source: I. Goodfellow et al., Deep Learning (2016), chapter 10.9.
     """
@@ -223,9 +223,9 @@ def lstm(
         weights: in one flat list, per layer and direction: ``weight_ih`` (4*H, I) (above the first
             layer (4*H, D*P)), ``weight_hh`` (4*H, P), with ``bias`` also ``bias_ih`` (4*H,) and
             ``bias_hh`` (4*H,), and for a projection ``weight_hr`` (P, H). Their number tells
-            whether there is a projection. With ``peephole``, last, ``weight_peephole`` (3, H), rows
-            i, f, o. With ``coupled`` there are three gates, i, g, o, in place of four, and two rows
-            of peepholes, i and o.
+            whether there is a projection. With ``peephole``, after these, ``weight_peephole`` (3,
+            H), rows i, f, o. With ``coupled`` there are three gates, i, g, o, in place of four, and
+            two rows of peepholes, i and o.
         peephole: the gates also see the cell: i and f c_{t-1}, o c_t.
         coupled: f = 1 - i.
         activation, output_activation: of g, and of c before the output gate: ``"tanh"``,
@@ -369,7 +369,7 @@ def _normed(
 
     if batch_sizes is None:
         found = run_normed(sizes, cell, input, states, weights, refuse, lengths, reset)
-        return cast(tuple[In, States], found)
+        return cast("tuple[In, States]", found)
     if isinstance(input, PackedSequence) or lengths is not None:
         raise ValueError("batch_sizes goes with the rows of a PackedSequence alone")
     packed = PackedSequence(input, batch_sizes)
@@ -402,7 +402,7 @@ def _run(
     if num_layers < 1:
         raise ValueError("num_layers must be greater than zero")
     stacked = num_layers * (2 if bidirectional else 1)
-    checked_skip(skip, skip_beside)
+    check_skip(skip, skip_beside)
     plain = weights_per_direction(bias, False, parameters=spec.rows) + skip_beside
     projected = spec.projection and len(weights) == stacked * (plain + 1)
     if len(weights) != stacked * plain and not projected:
@@ -428,10 +428,8 @@ def _run(
         _refuse(stack, w_ih.dtype, input, states or (), batch_sizes)
 
     if batch_sizes is None and skip > 1:
-        rows = input.data if isinstance(input, PackedSequence) else input
-        _refuse_dtype(w_ih.dtype, rows)
         found = run_skipping(stack, cell, input, states, lengths, reset, list(weights))
-        return cast(tuple[In, States], found)
+        return cast("tuple[In, States]", found)
     if batch_sizes is None:
         output, states = run_stack(
             stack, cell, input, states, weights, refuse, lengths=lengths, reset=reset
@@ -443,9 +441,8 @@ def _run(
         raise ValueError("batch_sizes goes with the rows of a PackedSequence, not with the whole")
     packed = PackedSequence(input, batch_sizes)
     if skip > 1:
-        _refuse_dtype(w_ih.dtype, input)
         output, states = run_skipping(stack, cell, packed, states, None, reset, list(weights))
-        return cast(PackedSequence, output).data, states
+        return cast("PackedSequence", output).data, states
     packed, states = run_packed(stack, cell, packed, states, weights, refuse, reset=reset)
     return packed.data, states
 
@@ -453,10 +450,6 @@ def _run(
 def _refuse(
     stack: Stack, dtype: torch.dtype, input: Tensor, states: States, batch_sizes: Tensor | None
 ) -> None:
-    _refuse_dtype(dtype, input)
-    refuse_sizes(stack, input, states, batch_sizes)
-
-
-def _refuse_dtype(dtype: torch.dtype, input: Tensor) -> None:
     if input.dtype != dtype and not autocast_enabled():
         raise ValueError(f"input is {input.dtype}, but the weights are {dtype}")
+    refuse_sizes(stack, input, states, batch_sizes)

@@ -17,8 +17,8 @@ from torch import Tensor
 from .cells import (
     NORMED_CELLS,
     cell_of,
+    check_skip,
     checked_probability,
-    checked_skip,
     options_of,
     spec_of,
     with_delay,
@@ -63,7 +63,7 @@ class Layer(Swappable, torch.nn.RNNBase):
         """Attributes for what differs from the class's own, and the cell, if it has a name."""
         for name in ("recurrent_dropout", "weight_dropout"):
             checked_probability(name, options.get(name, 0.0))
-        checked_skip(options.get("skip", 1), options.get("skip_beside", False))
+        check_skip(options.get("skip", 1), options.get("skip_beside", False))
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)

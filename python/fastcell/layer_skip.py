@@ -16,12 +16,22 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import cpu, ops
 from .cells import spec_of, with_delay
-from .checks import check_tensors
+from .checks import autocast_enabled, check_batch_sizes, check_tensors
 from .engines import ENGINES
 from .layer_states import run_all, states_by_layer
 from .ragged import checked_lengths
-from .skip import Found, clear_gone, run_beside, run_delayed, turned
-from .stack import Sequences, Sizes, Stack, States, checked_reset, refuse_sizes, run_stack
+from .skip import Found, clear_gone, joined, run_beside, run_delayed, turned
+from .stack import (
+    Sequences,
+    Sizes,
+    Stack,
+    States,
+    checked_reset,
+    refuse_dropout,
+    refuse_sizes,
+    refuse_states,
+    run_stack,
+)
 
 
 class Skipping(Stack, Protocol):
@@ -97,7 +107,7 @@ def run_skipping(
     anew = None if reset is None else timed(checked_reset(reset, input, False))
     sizes = Sizes(*[getattr(layer, name) for name in _SIZES])
     sizes.batch_first = False
-    _refuse(layer, cell, x, states)
+    _refuse(layer, cell, x, states, weights)
     call = _Call(
         cell, layer.skip, 2 if layer.bidirectional else 1, sizes, weights, lengths, anew,
         every is not None,
@@ -116,23 +126,39 @@ def run_skipping(
     else:
         output, finals, kinds = _by_phases(call, sizes, call.directions, x, states, weights)
     if anew is not None:
-        finals = clear_gone(finals, anew, layer.skip, lengths, call.directions)
+        several = 1 if layer.skip_beside else len(finals)
+        cleared = clear_gone(finals[:several], anew, layer.skip, lengths, call.directions)
+        finals = (*cleared, *finals[several:])
     if every is not None:
         every += [s.transpose(1, 2) if turn else s if batched else s[:, :, 0] for s in kinds]
     return output.transpose(0, 1) if turn else output if batched else output[:, 0], finals
 
 
-def _refuse(layer: Skipping, cell: str, x: Tensor, states: States | None) -> None:
-    """Raise RuntimeError that names a wrong size, if any."""
+def _refuse(
+    layer: Skipping, cell: str, x: Tensor, states: States | None, weights: Sequence[Tensor]
+) -> None:
+    """Raise an error that names a wrong dtype, size or weight of the links beside, if any."""
+    first = weights[0]
+    if isinstance(first, Tensor) and x.dtype != first.dtype and not autocast_enabled():
+        raise ValueError(f"input is {x.dtype}, but the weights are {first.dtype}")
     if x.shape[-1] != layer.input_size:
         raise RuntimeError(f"Expected input with {layer.input_size} features, got {x.shape[-1]}")
-    count, batch = layer.num_layers * (2 if layer.bidirectional else 1), x.shape[1]
+    batch = x.shape[1]
     rows = (layer.skip * batch, batch if layer.skip_beside else layer.skip * batch)
-    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)
-    for name, state, n, size in zip(("h_0", "c_0"), states or (), rows, sizes, strict=False):
-        if tuple(state.shape) != (count, n, size):
+    refuse_states(layer, states or (), rows)
+    refuse_dropout(layer)
+    if not layer.skip_beside:
+        return
+    each = len(weights) // (layer.num_layers * (2 if layer.bidirectional else 1))
+    rows_of = spec_of(cell).gates * layer.hidden_size
+    expected = (rows_of, layer.proj_size or layer.hidden_size)
+    for w in weights[each - 1 :: each]:
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weight_skip must be a Tensor, got {type(w).__name__}")
+        if w.shape != expected or w.dtype is not first.dtype or w.device != first.device:
             raise RuntimeError(
-                f"Expected {name} of size {(count, n, size)}, got {tuple(state.shape)}"
+                f"weight_skip must be {first.dtype} of size {expected} on {first.device}, got "
+                f"{w.dtype} of size {tuple(w.shape)} on {w.device}"
             )
 
 
@@ -149,19 +175,22 @@ def _run_packed(
     """A call on a PackedSequence: as a padded batch with lengths."""
     if lengths is not None:
         raise ValueError("lengths go with a padded batch of 3 dimensions, got a PackedSequence")
-    _, batch_sizes, order, back = input
+    data, batch_sizes, order, back = input
+    if data.dim() != 2:
+        raise RuntimeError(f"packed input must have 2 dimensions, got {data.dim()}")
+    check_batch_sizes(batch_sizes, data.shape[0])
     x, ends = pad_packed_sequence(input)
     anew = None
     if reset is not None:
         rows = reset.data if isinstance(reset, PackedSequence) else reset
-        rows = checked_reset(rows, input.data, False)
+        rows = checked_reset(rows, data, False)
         anew, _ = pad_packed_sequence(PackedSequence(rows, batch_sizes, order, back))
     if layer.batch_first:  # of which packed rows know nothing
         layer = SkippingSizes(*[getattr(layer, field.name) for field in fields(SkippingSizes)])
         layer.batch_first = False
     output, finals = run_skipping(layer, cell, x, states, ends, anew, weights, every)
     assert isinstance(output, Tensor)
-    alive = torch.arange(x.shape[1])[None] < batch_sizes[:, None]
+    alive = torch.arange(x.shape[1], device=batch_sizes.device) < batch_sizes[:, None]
     step, rank = [index.to(x.device) for index in alive.nonzero(as_tuple=True)]
     sample = rank if order is None else order[rank]
     if every is not None:
@@ -217,15 +246,6 @@ def _by_kernels(call: _Call, input: Tensor, states: States | None) -> Found:
         input, states, own, input.shape[0], spec, sizes.input_size, sizes.hidden_size,
         sizes.proj_size, sizes.num_layers, directions, sizes.bias,
     )  # fmt: skip
-    expected = (spec.gates * sizes.hidden_size, sizes.proj_size or sizes.hidden_size)
-    for w in call.weights[each - 1 :: each]:
-        if not isinstance(w, Tensor):
-            raise TypeError(f"weight_skip must be a Tensor, got {type(w).__name__}")
-        if w.shape != expected or w.dtype is not own[0].dtype or w.device != own[0].device:
-            raise RuntimeError(
-                f"weight_skip must be {own[0].dtype} of size {expected} on {own[0].device}, got "
-                f"{w.dtype} of size {tuple(w.shape)} on {w.device}"
-            )
     lengths = call.lengths
     if lengths is not None:
         # (A copy: the backward call reads them again, whatever the caller has done.)
@@ -253,7 +273,7 @@ def _one_by_one(call: _Call, beside: bool, input: Tensor, states: States | None)
     found: list[Found] = []
     for k in range(count):
         if k % directions == 0 and k:
-            input = torch.cat([output for output, *_ in found[-directions:]], -1)
+            input = joined([output for output, *_ in found[-directions:]], -1)
             input = torch.nn.functional.dropout(input, sizes.dropout, sizes.training)
         one.input_size = input.shape[-1]
         if isinstance(sizes.recurrent_dropout, Tensor):
@@ -263,23 +283,26 @@ def _one_by_one(call: _Call, beside: bool, input: Tensor, states: States | None)
         def turn(t: Tensor, back: bool = back) -> Tensor:
             return turned(t, lengths) if back else t
 
-        def in_order(s: Tensor, back: bool = back) -> Tensor:
-            """Of d steps' states those the other way round."""
-            several = back and s.shape[1] == d * batch
-            return s.reshape(1, d, batch, -1).flip(1).flatten(1, 2) if several else s
+        def in_order(states: States, back: bool = back) -> States:
+            """Those of d steps the other way round."""
+            several = (1 if beside else len(states)) if back else 0
+            flipped = [
+                s.reshape(1, d, batch, s.shape[2]).flip(1).flatten(1, 2) for s in states[:several]
+            ]
+            return (*flipped, *states[several:])
 
         own = call.weights[k * each : (k + 1) * each]
-        before = None if states is None else tuple([in_order(s[k : k + 1]) for s in states])
+        before = None if states is None else in_order(tuple([s[k : k + 1] for s in states]))
         part = replace(call, reset=None if call.reset is None else turn(call.reset))
         if beside:
             output, finals, kinds = _beside(part, one, turn(input), before, own)
         else:
             output, finals, kinds = _by_phases(part, one, 1, turn(input), before, own)
         kinds = [turn(kind[0])[None] for kind in kinds]
-        found.append((turn(output), tuple([in_order(s) for s in finals]), kinds))
+        found.append((turn(output), in_order(finals), kinds))
     outputs, finals, every = zip(*found, strict=True)
     return (
-        torch.cat(outputs[-directions:], -1),
+        joined(outputs[-directions:], -1),
         tuple([torch.cat(parts) for parts in zip(*finals, strict=True)]),
         [torch.cat(kinds) for kinds in zip(*every, strict=True)],
     )
@@ -290,7 +313,7 @@ def _beside(
 ) -> Found:
     """One layer of one direction with the link beside, block by block."""
     *own, w_skip = weights
-    own[0] = torch.cat((own[0], w_skip), 1)
+    own[0] = joined((own[0], w_skip), 1)
     sizes = replace(sizes, input_size=own[0].shape[1])
     d, batch = call.d, input.shape[1]
     if states is None:

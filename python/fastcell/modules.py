@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .cells import (
     cell_of,
+    check_skip,
     checked_alpha,
-    checked_skip,
     gru_cell,
     independent_cell,
     lstm_cell,
@@ -193,7 +193,7 @@ class LeakyRNN(RNN):
             if kwargs.pop("zoneout", 0.0):
                 raise ValueError("leaky units have no zoneout: alpha keeps a part of h already")
             beside = kwargs.pop("skip_beside", False)
-            checked_skip(kwargs.get("skip", 1), beside)
+            check_skip(kwargs.get("skip", 1), beside)
             super().__init__(*args, **kwargs)
             count = self.num_layers * (2 if self.bidirectional else 1)
             self._alpha = checked_alpha(alpha, count, self.hidden_size)

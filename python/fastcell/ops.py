@@ -152,6 +152,7 @@ def all_states(
     batch_first: bool,
     dropout: float,
     training: bool,
+    recurrent_dropout: float | Tensor,
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
     """``sequence``, layer by layer, and all states in place of the output.
@@ -166,6 +167,8 @@ def all_states(
             input = torch.nn.functional.dropout(input, dropout)
         part = slice(layer * directions, (layer + 1) * directions)
         own_hx = None if hx is None else [h[part] for h in hx]
+        drops = recurrent_dropout
+        options["recurrent_dropout"] = drops[part] if isinstance(drops, Tensor) else drops
         arguments = (input, own_hx, weights[layer * each : (layer + 1) * each], batch_sizes)
         if spec_of(cell).states == 1:
             input, states = sequence(

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
+
 States = tuple[Tensor, ...]
 # Output, final states, and, if they are wanted, all states of each kind, (L*D, T, B, .).
 Found = tuple[Tensor, States, Sequence[Tensor]]
@@ -60,7 +62,7 @@ def run_delayed(
     output, finals, every = run(input, states, own, reset)
     output = output.reshape(count * d, batch, output.shape[-1])[:steps]
     states = tuple([_at_the_end(s, order, directions, 0, False) for s in finals])
-    in_time = [s.reshape(s.shape[0], -1, batch, s.shape[-1])[:, :steps] for s in every]
+    in_time = [s.reshape(s.shape[0], count * d, batch, s.shape[-1])[:, :steps] for s in every]
     return output, states, in_time
 
 
@@ -88,26 +90,23 @@ def run_beside(
         seen = h[-1][: block.stop - begin]
         if known is not None:
             seen = seen * known[block]
-        joined = torch.cat((input[block], seen), -1)
+        both = joined((input[block], seen), -1)
         own = None if lengths is None else (lengths - begin).clamp(0, block.stop - begin)
-        output, states, kinds = run(joined, states, own, None if reset is None else reset[block])
+        output, states, kinds = run(both, states, own, None if reset is None else reset[block])
         h.append(output)
         every.append(kinds)
-    all_h = torch.cat(h)
+    all_h = joined(h, 0)
     last = ends + torch.arange(d, device=ends.device)[:, None]  # among all_h
     past = all_h.gather(0, last[:, :, None].expand(-1, -1, all_h.shape[-1]))
     assert states is not None
-    finals = (past.reshape(1, d * batch, -1), *states[1:])
+    finals = (past.reshape(1, d * batch, past.shape[2]), *states[1:])
     return all_h[d:], finals, [torch.cat(kind, 1) for kind in zip(*every, strict=True)]
 
 
 def clear_gone(
     states: Sequence[Tensor], reset: Tensor, d: int, lengths: Tensor | None, directions: int
 ) -> States:
-    """Final states (L*D, d*B, .) without those from before a sample's last reset.
-
-    What there is of one step alone is as it was: there no such state can be left.
-    """
+    """Final states (L*D, d*B, .) without those from before a sample's last reset."""
     steps, batch = reset.shape
     ends = _ends(lengths, steps, batch, reset.device)
     times = torch.arange(steps, device=reset.device)[:, None]
@@ -116,12 +115,14 @@ def clear_gone(
     if directions == 2:  # whose states are those of the first d steps
         gone.append(state > torch.where(resets, times, steps + d).amin(0))
     mask = torch.stack(gone).view(1, directions, d * batch, 1)
-    cleared = []
-    for s in states:
-        if s.shape[1] == d * batch:
-            s = s.reshape(-1, directions, *s.shape[1:]).masked_fill(mask, 0).flatten(0, 1)
-        cleared.append(s)
-    return tuple(cleared)
+    split = [s.reshape(s.shape[0] // directions, directions, *s.shape[1:]) for s in states]
+    return tuple([s.masked_fill(mask, 0).flatten(0, 1) for s in split])
+
+
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat in the tensors' own dtype, which autocast may have left alone."""
+    with without_autocast(tensors[0]):
+        return torch.cat(list(tensors), dim)
 
 
 def turned(t: Tensor, lengths: Tensor | None) -> Tensor:
@@ -150,7 +151,7 @@ def _phases(t: Tensor, d: int, count: int) -> Tensor:
     """(T, B, ...) -> (T / d, d * B, ...), padded behind."""
     missing = count * d - t.shape[0]
     if missing:
-        t = torch.cat((t, t.new_zeros((missing, *t.shape[1:]))))
+        t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, missing))
     return t.reshape(count, d * t.shape[1], *t.shape[2:])
 
 
@@ -162,7 +163,7 @@ def _at_the_end(
         return states
     if into_phases:
         order = torch.argsort(order)
-    layers = states.view(-1, directions, *states.shape[1:])
+    layers = states.reshape(states.shape[0] // directions, directions, *states.shape[1:])
     parts = list(layers.unbind(1))
     parts[direction] = parts[direction].index_select(1, order)
-    return torch.stack(parts, 1).view(states.shape)
+    return torch.stack(parts, 1).reshape(states.shape)

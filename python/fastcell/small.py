@@ -32,7 +32,8 @@ _MOST_ROWS = 64  # from there on the kernels take longer than the checks
 # What decides how a layer is run, beside its weights.
 _ATTRIBUTES = (
     "mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
-    "bidirectional", "proj_size", "training",
+    "bidirectional", "proj_size", "training", "skip", "skip_beside", "layer_norm", "zoneout",
+    "recurrent_dropout", "weight_dropout", "_cell",
 )  # fmt: skip
 
 
@@ -128,13 +129,14 @@ class Small:
             output, *[((stacked, batch, n), (batch * n, n, 1)) for n in sizes],
         ]  # fmt: skip
         attributes = {n: layer.__dict__[n] for n in _ATTRIBUTES if n in layer.__dict__}
+        absent = [n for n in _ATTRIBUTES if n not in attributes]
         self._patience = 2 if self._served else min(2 * self._patience, _MOST_PATIENCE)
         self._seen, self._served = 0, []
         # (empty_like is the quickest way to a tensor that torch has.)
         templates = [input.new_empty_strided(*shape) for shape in shapes]
         made = _core.small_call(
-            stack, _EXCHANGE_API, attributes, list(zip(names, weights, strict=True)), packed,
-            memory, pointer, packed.data_ptr(), steps, batch, layer.batch_first, threads,
+            stack, _EXCHANGE_API, attributes, absent, list(zip(names, weights, strict=True)),
+            packed, memory, pointer, packed.data_ptr(), steps, batch, layer.batch_first, threads,
             templates, torch.empty_like, _UNCHANGED, _QUIET, torch.get_num_threads, self._served,
         )  # fmt: skip
         self.call = cast(_Call, made)

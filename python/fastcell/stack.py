@@ -115,12 +115,24 @@ def refuse_sizes(stack: Stack, input: Tensor, states: States, batch_sizes: Tenso
             f"Expected input with {stack.input_size} features, got {input.shape[-1]}"
         )
     batch = input.shape[0 if stack.batch_first else 1] if batch_sizes is None else batch_sizes[0]
+    refuse_states(stack, states, (int(batch), int(batch)))
+
+
+def refuse_states(stack: Stack, states: States, rows: tuple[int, int]) -> None:
+    """Raise RuntimeError that names the first state that is not (L*D, rows, .), if any."""
     sizes = (stack.proj_size or stack.hidden_size, stack.hidden_size)
     layers = stack.num_layers * (2 if stack.bidirectional else 1)
-    for state, size, name in zip(states, sizes, ("h_0", "c_0"), strict=False):
-        expected = [layers, int(batch), size]
+    for name, state, n, size in zip(("h_0", "c_0"), states, rows, sizes, strict=False):
+        expected = [layers, n, size]
         if list(state.shape) != expected:
             raise RuntimeError(f"Expected {name} of size {expected}, got {list(state.shape)}")
+
+
+def refuse_dropout(stack: Stack) -> None:
+    """Raise RuntimeError if what a call would draw with is no probability."""
+    p = stack.dropout
+    if p and not 0 <= p <= 1 and stack.training and stack.num_layers > 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p:g}")
 
 
 # The title that a layer's messages start with, and the end of the one about its input's rank.
@@ -389,9 +401,7 @@ def _launch(
         input, states, weights, steps, spec,
         layer.input_size, hidden_size, proj_size, num_layers, directions, layer.bias,
     )  # fmt: skip
-    dropout, training = layer.dropout, layer.training
-    if dropout and not 0 <= dropout <= 1 and training and num_layers > 1:
-        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout:g}")
+    refuse_dropout(layer)
     return ops.sequence(
         cell,
         input,
@@ -402,8 +412,8 @@ def _launch(
         bidirectional=bidirectional,
         bias=layer.bias,
         batch_first=layer.batch_first,
-        dropout=dropout,
-        training=training,
+        dropout=layer.dropout,
+        training=layer.training,
         recompute=layer.recompute,
         recurrent_dropout=layer.recurrent_dropout,
         reset=reset,

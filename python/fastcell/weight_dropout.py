@@ -20,10 +20,10 @@ from .operators import is_plain
 def dropped(w: Tensor, probability: float) -> Tensor:
     """Elements of ``w`` zeroed with ``probability``, the others scaled by 1 / (1 - probability)."""
     if (
-        not w.is_cpu
+        torch.compiler.is_compiling()
+        or not w.is_cpu
         or not is_plain(w)
         or w.dtype not in DTYPES
-        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or transforms.transformed()
     ):
