@@ -431,6 +431,37 @@ def skip_lacking(device: str, **parameters: Any) -> None:
             pytest.skip(reason)
 
 
+def every_other(t: Tensor) -> Tensor:
+    """The same values, with two gaps of NaN behind each."""
+    wide = torch.full((*t.shape, 3), torch.nan, dtype=t.dtype, device=t.device)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def in_other_order(t: Tensor) -> Tensor:
+    return t.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+def inside(t: Tensor) -> Tensor:
+    """A corner of a larger tensor of NaN: rows dense, steps and samples not."""
+    larger = torch.full([n + 2 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+    larger[1:-1, 1:-1, 1:-1] = t
+    return larger[1:-1, 1:-1, 1:-1]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+# Tensors that hold the same values otherwise.
+LAYOUTS = {
+    "every other": every_other,
+    "in other order": in_other_order,
+    "inside": inside,
+    "transposed": transposed,
+}
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """What torch allocates without filling holds NaN (integers: all ones, NaN as floats)."""

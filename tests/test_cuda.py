@@ -21,12 +21,14 @@ from fastcell import cuda, engines
 from fastcell.plan import NO_EXTRAS
 from support import (
     CELLS,
+    LAYOUTS,
     VARIANTS,
     Case,
     Problem,
     Values,
     assert_same_bits,
     away_from_the_kink,
+    every_other,
     is_parameter,
     lacking,
     pairwise,
@@ -207,6 +209,29 @@ def test_same_bits_every_time(case, place, device):
         first = problem.run(problem.layer(fastcell))
         for _ in range(3):
             assert_same_bits(problem.run(problem.layer(fastcell)), first)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, place, device):
+    """Input, states, weights and incoming gradients that are not contiguous."""
+    change = LAYOUTS[layout]
+    case = Case("lstm", F32, 2, True, projected=True, T=4, B=3, I=5, H=20, device=device)
+    problem = Problem(case)
+    layer = problem.layer(fastcell)
+    for name, parameter in list(layer.named_parameters()):
+        value = parameter.detach()
+        other = value.t().contiguous().t() if value.dim() == 2 else every_other(value)
+        setattr(layer, name, torch.nn.Parameter(other))
+    inputs = {n: change(t.detach()).requires_grad_() for n, t in problem.inputs().items()}
+    grads = [change(grad) for grad in problem.gradients_in()]
+    assert not any(t.is_contiguous() for t in (*inputs.values(), *grads, *layer.parameters()))
+    with cuda.choose_engine(place):
+        values = problem.call(layer, inputs)
+        torch.autograd.backward(list(values.values()), grads)
+    leaves = inputs | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    problem.assert_close(values, problem.truth())
 
 
 @pytest.mark.parametrize("place", PLACES)
