@@ -52,6 +52,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     yield "cpu"
 
 
+def pytest_report_header() -> list[str]:
+    """What the results on a GPU belong to."""
+    if not torch.cuda.is_available():
+        return []
+    from fastcell_bench import gpu
+
+    return [gpu.in_words(gpu.facts(torch.device("cuda", torch.cuda.current_device())))]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Of the tests on a GPU, skips what that GPU does not have."""
     if item.get_closest_marker("cuda") and torch.cuda.is_available() and cuda.architectures():
