@@ -8,8 +8,10 @@ uninitialized is NaN, and so is shared memory.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -662,3 +664,15 @@ def test_plans_follow_the_size():
     assert plan(H=256, B=8).place == "cluster"
     assert plan(H=1024, B=8).place == "grid"  # 8 MiB of weights: no cluster holds them
     assert plan(H=8192, B=8).place == "step"  # nor does the device
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("products", ["bfloat16", "float16", "tf32", "float32"])
+def test_the_capacities_of_the_documentation(products):
+    text = (Path(__file__).parent.parent / "docs" / "cuda.md").read_text()
+    (row,) = re.findall(rf"^\| {products} \|" + r" (\d+) \|" * 4 + "$", text, re.MULTILINE)
+    kinds = [(place, backward) for place in ("grid", "cluster") for backward in (False, True)]
+    for most, (place, backward) in zip(map(int, row), kinds, strict=True):
+        assert plan(products=products, backward=backward, B=16, H=most, place=place).place == place
+        with pytest.raises(ValueError, match="no plan"):
+            plan(products=products, backward=backward, B=16, H=most + 8, place=place)
