@@ -426,7 +426,8 @@ def lacking(limits: Mapping[str, Any], parameters: Mapping[str, Any]) -> str | N
 def skip_lacking(device: str, **parameters: Any) -> None:
     """Skips the test if ``device`` is a GPU that cannot run it; the emulated one has everything."""
     if torch.device(device).type == "cuda":
-        index = torch.device(device).index or torch.cuda.current_device()
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index
         if reason := lacking(_core.cuda_limits(index), parameters):
             pytest.skip(reason)
 

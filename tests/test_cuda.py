@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,6 +391,8 @@ def test_both_of_torchs_switches_for_tf32(device):
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("torch has the older switch alone")
+    if cuda.device_code.cuda_limits(0)["capability"] < 80:
+        pytest.skip("this GPU has no TF32")
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
@@ -527,6 +530,9 @@ def test_what_no_engine_holds_is_refused(device):
         emulated().pretend(capability=75, max_cluster=1)
         with pytest.raises(ValueError, match="need a GPU of compute capability 8.0, got 7.5"):
             layer.to(BF16)(x.to(BF16))
+        emulated().pretend(capability=70, max_cluster=1)
+        with pytest.raises(ValueError, match="need a GPU of compute capability 7.5, got 7.0"):
+            layer.to(F32)(x.to(F32))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -617,6 +623,29 @@ def test_what_a_gpu_does_not_have_is_known_by_the_parameters():
     alone = turing | {"cooperative": False}
     assert lacking(alone, {"place": "grid"}) == "no cooperative launches on this GPU"
     assert lacking(turing | {"capability": 70}, {}) == "no kernels for compute capability 7.0"
+
+
+def test_tests_of_what_a_gpu_lacks_are_skipped(monkeypatch):
+    import conftest
+    from fastcell import _core
+
+    limits = {"capability": 75, "max_cluster": 1, "cooperative": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(cuda, "architectures", lambda: ["sm_75"])
+    monkeypatch.setattr(_core, "cuda_limits", {3: limits, 0: limits | {"max_cluster": 8}}.get)
+    item = SimpleNamespace(
+        get_closest_marker={"cuda": True}.get,
+        callspec=SimpleNamespace(params={"place": "cluster"}),
+    )
+    with pytest.raises(pytest.skip.Exception, match="no thread-block clusters"):
+        conftest.pytest_runtest_setup(item)
+    item.callspec.params["place"] = "step"
+    conftest.pytest_runtest_setup(item)
+    skip_lacking("cuda:0", place="cluster")
+    skip_lacking("cpu", place="cluster", dtype=BF16)
+    with pytest.raises(pytest.skip.Exception, match="bfloat16"):
+        skip_lacking("cuda", dtype=BF16)
 
 
 # --- plans ----------------------------------------------------------------------------------------
