@@ -14,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(SOURCES) constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS) '.[test]'
 	touch $@
 
 demo: install

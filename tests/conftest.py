@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Read when cuBLAS is first used. Without it torch refuses products on a GPU while it is asked to be
+# deterministic, as the poisoned tests do.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
 import pytest
@@ -10,7 +15,7 @@ import torch
 
 from emulation_build import emulated
 from fastcell import cuda, engines
-from support import poisoned
+from support import poisoned, skip_lacking
 
 # The same examples on every machine and every day; no folder of remembered failures.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
@@ -45,6 +50,22 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setitem(engines.ENGINES, "cpu", cuda)
     monkeypatch.setattr(cuda, "device_code", emulated())
     yield "cpu"
+
+
+def pytest_report_header() -> list[str]:
+    """What the results on a GPU belong to."""
+    if not torch.cuda.is_available():
+        return []
+    from fastcell_bench import gpu
+
+    return [gpu.in_words(gpu.facts(torch.device("cuda", torch.cuda.current_device())))]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Of the tests on a GPU, skips what that GPU does not have."""
+    if item.get_closest_marker("cuda") and torch.cuda.is_available() and cuda.architectures():
+        callspec = getattr(item, "callspec", None)
+        skip_lacking("cuda", **(callspec.params if callspec else {}))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import fastcell
-from fastcell import reference
+from fastcell import _core, reference
 from tolerances import accumulation_length, assert_close, tolerance
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # torch.nn's
@@ -386,6 +388,79 @@ def assert_equal_bits(actual: Tensor, expected: Tensor, name: str = "value") -> 
             f"{name}: {len(different)} of {actual.numel()} elements have other bits; first at "
             f"{at}: {actual[at].item()!r}, expected {expected[at].item()!r}"
         )
+
+
+def places_of(schedule: str) -> list[str]:
+    """Where a layer runs on a GPU, forward and backward, in the words of ``fastcell.explain``."""
+    said = {
+        "one launch per step": "step",
+        "over the device": "grid",
+        "over each cluster": "cluster",
+    }
+    return [said[words] for words in re.findall("|".join(said), schedule)]
+
+
+def lacking(limits: Mapping[str, Any], parameters: Mapping[str, Any]) -> str | None:
+    """Why a test with these parameters cannot run on a GPU of these limits; None if it can.
+
+    What a test wants, its parameters say: a ``place``, a ``dtype``, a ``row`` or ``case`` of them.
+    """
+    wanted: dict[str, Any] = dict(parameters)
+    row, case = wanted.get("row"), wanted.get("case")
+    if isinstance(row, Mapping):
+        wanted |= row
+    if isinstance(case, Case):
+        wanted["dtype"] = case.dtype
+    capability = limits["capability"]
+    if capability < 75:
+        return f"no kernels for compute capability {capability / 10}"
+    if wanted.get("place") == "cluster" and limits["max_cluster"] == 1:
+        return f"no thread-block clusters on compute capability {capability / 10}"
+    if wanted.get("place") == "grid" and not limits["cooperative"]:
+        return "no cooperative launches on this GPU"
+    if wanted.get("dtype") in (torch.bfloat16, "bfloat16") and capability < 80:
+        return f"no kernels for bfloat16 on compute capability {capability / 10}"
+    return None
+
+
+def skip_lacking(device: str, **parameters: Any) -> None:
+    """Skips the test if ``device`` is a GPU that cannot run it; the emulated one has everything."""
+    if torch.device(device).type == "cuda":
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index
+        if reason := lacking(_core.cuda_limits(index), parameters):
+            pytest.skip(reason)
+
+
+def every_other(t: Tensor) -> Tensor:
+    """The same values, with two gaps of NaN behind each."""
+    wide = torch.full((*t.shape, 3), torch.nan, dtype=t.dtype, device=t.device)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def in_other_order(t: Tensor) -> Tensor:
+    return t.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+def inside(t: Tensor) -> Tensor:
+    """A corner of a larger tensor of NaN: rows dense, steps and samples not."""
+    larger = torch.full([n + 2 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+    larger[1:-1, 1:-1, 1:-1] = t
+    return larger[1:-1, 1:-1, 1:-1]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+# Tensors that hold the same values otherwise.
+LAYOUTS = {
+    "every other": every_other,
+    "in other order": in_other_order,
+    "inside": inside,
+    "transposed": transposed,
+}
 
 
 @contextmanager

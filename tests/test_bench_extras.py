@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fastcell
-from fastcell_bench import accuracy, sweep, sweep_plot
+from fastcell_bench import accuracy, cli, sweep, sweep_plot
 from fastcell_bench.accuracy import OUTPUT, VARIANTS, Measurement, Pool
 from fastcell_bench.cases import MODES, TABLE_CELLS, TRAINING, Case
 from fastcell_bench.contenders import OURS, Entry
@@ -234,13 +235,76 @@ def test_variants_of_fastcell(tmp_path, capsys):
         variants.main(["--shape", "LSTM:60"])
 
 
-def test_gpu_table_without_a_gpu(capsys):
+@pytest.mark.parametrize(
+    ("cuda", "available", "architectures", "why"),
+    [
+        (None, False, ["sm_90a"], "is built without CUDA"),
+        ("12.9", False, ["sm_90a"], "torch finds none (driver: "),
+        ("12.9", True, [], "this build of fastcell has no CUDA kernels"),
+    ],
+)
+def test_gpu_table_without_a_gpu(cuda, available, architectures, why, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(fastcell.cuda, "architectures", lambda: architectures)
+    assert cli.main(["--cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastcell bench: needs a CUDA device and kernels for it: ")
+    assert why in error
+    assert error.count("\n") == 1
+
+
+def test_gpu_table_has_options_of_its_own(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--cuda", "--help"])
+    assert stop.value.code == 0
+    assert "usage: fastcell bench --cuda" in capsys.readouterr().out
+    assert cli.main(["--quick", "--cuda"]) == 2
+    assert "--cuda comes first" in capsys.readouterr().err
+
+
+def test_what_figures_of_a_gpu_belong_to(tmp_path, monkeypatch):
+    """The driver from nvidia-smi; the same line heads the report of the tests."""
+    import conftest
     from fastcell_bench import gpu
 
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert gpu.main([]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
+    assert conftest.pytest_report_header() == [] or torch.cuda.is_available()
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    facts = gpu.facts(torch.device("cuda", 0))
+    assert (facts["gpu"], facts["driver"], facts["torch"]) == (
+        "a GPU", "550.54.15", torch.__version__,
+    )  # fmt: skip
+    (line,) = conftest.pytest_report_header()
+    assert f"torch {torch.__version__}" in line
+    assert "gpu a GPU, driver 550.54.15" in line
+
+
+def test_the_driver_without_its_tool(tmp_path, monkeypatch):
+    from fastcell_bench import machine
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version) -> int:  # noqa: N802
+            version._obj.value = 12090
+            return 0
+
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert machine.nvidia_driver() == "for CUDA 12.9"
+
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    assert machine.nvidia_driver() is None
 
 
 def test_gpu_table_measures(monkeypatch, capsys):

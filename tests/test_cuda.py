@@ -7,8 +7,12 @@ uninitialized is NaN, and so is shared memory.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +24,19 @@ from fastcell import cuda, engines
 from fastcell.plan import NO_EXTRAS
 from support import (
     CELLS,
+    LAYOUTS,
     VARIANTS,
     Case,
     Problem,
     Values,
     assert_same_bits,
     away_from_the_kink,
+    every_other,
     is_parameter,
+    lacking,
     pairwise,
+    places_of,
+    skip_lacking,
 )
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -125,6 +134,45 @@ def test_the_grid_holds_every_product_in_every_place():
         assert {place for name, _, place in held if name == cell} == places
 
 
+def on_or_off_for_good(problem: Problem) -> Problem:
+    """The problem with units of a relu layer that stay far from its kink, on either side.
+
+    Rounding to 16 bits moves a value so far that among many units some would cross it.
+    """
+    if problem.case.cell != "rnn_relu":
+        return problem
+    moved = copy.copy(problem)
+    w_ih, w_hh, *biases = range(4)
+    moved.weights = [w / 4 for w in problem.weights]
+    for first in range(0, len(moved.weights), 4):
+        assert moved.weights[first + w_ih].ndim == moved.weights[first + w_hh].ndim == 2
+        for bias in biases:
+            moved.weights[first + bias] = np.where(np.arange(problem.case.H) % 3, 2.0, -2.0)
+    return moved
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [F64, F32, "tf32", BF16, F16], ids=str)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_every_cell_dtype_and_place(cell, dtype, place, device):
+    """All of their combinations: two directions, blocks and tiles that are not full."""
+    row = {"cell": cell, "dtype": dtype, "T": 3, "B": 19, "I": 5, "H": 17, "bidirectional": True}
+    tf32 = dtype == "tf32"
+    problem = on_or_off_for_good(Problem(case_of(row)._replace(device=device)))
+    layer = problem.layer(fastcell)
+    with cuda.choose_engine(place), tf32_allowed(tf32):
+        if dtype is F64 and place != "step":
+            with pytest.raises(ValueError, match=f"no plan for .* float64, .* place '{place}'"):
+                problem.run(layer)
+            return
+        said = fastcell.explain(layer, problem.inputs()["x"])
+        assert places_of(said.schedule) == [place]
+        if device == "cpu":  # a GPU may have no TF32: a permission, no demand
+            assert said.products == ("tf32" if tf32 else str(dtype).removeprefix("torch."))
+        ours = problem.run(layer)
+    assert_close(problem, ours, problem.truth(), F16 if tf32 else problem.case.dtype)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("cell", CELLS)
@@ -145,6 +193,7 @@ def test_several_tiles_and_blocks(cell, dtype, place, device):
 @pytest.mark.parametrize("place", ["cluster", "grid"])
 def test_weights_in_registers_and_shared_memory(place, projected, device):
     """More of k than a warp's registers hold, in both passes: few blocks for many units."""
+    skip_lacking(device, dtype=BF16)
     if device == "cpu":
         emulated().pretend(multiprocessors=16 if place == "cluster" else 10)
     case = Case("lstm", BF16, projected=projected, T=3, B=5, I=4, H=300, device=device)
@@ -163,6 +212,29 @@ def test_same_bits_every_time(case, place, device):
         first = problem.run(problem.layer(fastcell))
         for _ in range(3):
             assert_same_bits(problem.run(problem.layer(fastcell)), first)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, place, device):
+    """Input, states, weights and incoming gradients that are not contiguous."""
+    change = LAYOUTS[layout]
+    case = Case("lstm", F32, 2, True, projected=True, T=4, B=3, I=5, H=20, device=device)
+    problem = Problem(case)
+    layer = problem.layer(fastcell)
+    for name, parameter in list(layer.named_parameters()):
+        value = parameter.detach()
+        other = value.t().contiguous().t() if value.dim() == 2 else every_other(value)
+        setattr(layer, name, torch.nn.Parameter(other))
+    inputs = {n: change(t.detach()).requires_grad_() for n, t in problem.inputs().items()}
+    grads = [change(grad) for grad in problem.gradients_in()]
+    assert not any(t.is_contiguous() for t in (*inputs.values(), *grads, *layer.parameters()))
+    with cuda.choose_engine(place):
+        values = problem.call(layer, inputs)
+        torch.autograd.backward(list(values.values()), grads)
+    leaves = inputs | dict(layer.named_parameters())
+    values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+    problem.assert_close(values, problem.truth())
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -300,6 +372,7 @@ def test_lengths_above_the_steps_count_as_all_and_below_zero_as_none(place, devi
 
 def test_backward_within_autocast(device):
     """Which holds for the forward pass, not for derivatives of what ran outside of it."""
+    skip_lacking(device, dtype=BF16)
     problem = Problem(Case("gru", F32, 2, True, T=4, B=3, I=5, H=9, device=device))
     layer, inputs = problem.layer(fastcell), problem.inputs()
     expected = problem.run(layer)
@@ -318,6 +391,8 @@ def test_both_of_torchs_switches_for_tf32(device):
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("torch has the older switch alone")
+    if cuda.device_code.cuda_limits(0)["capability"] < 80:
+        pytest.skip("this GPU has no TF32")
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
@@ -455,27 +530,30 @@ def test_what_no_engine_holds_is_refused(device):
         emulated().pretend(capability=75, max_cluster=1)
         with pytest.raises(ValueError, match="need a GPU of compute capability 8.0, got 7.5"):
             layer.to(BF16)(x.to(BF16))
+        emulated().pretend(capability=70, max_cluster=1)
+        with pytest.raises(ValueError, match="need a GPU of compute capability 7.5, got 7.0"):
+            layer.to(F32)(x.to(F32))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("cell", CELLS)
-def test_error_at_16_bits_is_at_most_that_of_torch(cell, device):
+def test_error_at_16_bits_is_at_most_that_of_torch(cell, dtype, device):
     """Against float64, root mean square; torch's layer computes on the same device."""
-    for dtype in (BF16, F16):
-        case = Case(cell, dtype, T=40, B=16, I=24, H=48, device=device)
-        problem = Problem(case)
-        truth = problem.truth()
-        errors = []
-        for library in (fastcell, torch.nn):
-            squares: dict[str, list[torch.Tensor]] = {}
-            for name, value in problem.run(problem.layer(library)).items():
-                if cell == "rnn_relu" and "gradient" in name:
-                    continue  # one unit on the other side of the kink outweighs all rounding
-                kind = "parameters" if is_parameter(name) else name
-                difference = value.double().cpu() - truth[name]
-                squares.setdefault(kind, []).append(difference.square().flatten())
-            errors.append({k: torch.cat(s).mean().sqrt().item() for k, s in squares.items()})
-        ours, theirs = errors
-        assert {k: ours[k] for k in ours if ours[k] > 1.05 * theirs[k]} == {}, (dtype, theirs)
+    case = Case(cell, dtype, T=40, B=16, I=24, H=48, device=device)
+    problem = Problem(case)
+    truth = problem.truth()
+    errors = []
+    for library in (fastcell, torch.nn):
+        squares: dict[str, list[torch.Tensor]] = {}
+        for name, value in problem.run(problem.layer(library)).items():
+            if cell == "rnn_relu" and "gradient" in name:
+                continue  # one unit on the other side of the kink outweighs all rounding
+            kind = "parameters" if is_parameter(name) else name
+            difference = value.double().cpu() - truth[name]
+            squares.setdefault(kind, []).append(difference.square().flatten())
+        errors.append({k: torch.cat(s).mean().sqrt().item() for k, s in squares.items()})
+    ours, theirs = errors
+    assert {k: ours[k] for k in ours if ours[k] > 1.05 * theirs[k]} == {}, theirs
 
 
 def test_recompute(device):
@@ -493,6 +571,7 @@ def test_many_tiles_are_several_launches():
 
 
 def test_explain(device):
+    skip_lacking(device, place="cluster")
     layer = fastcell.LSTM(6, 20, bidirectional=True, device=device)
     x = torch.zeros(5, 3, 6, device=device)
     with cuda.choose_engine("cluster"):
@@ -523,6 +602,50 @@ def test_torch_compile_knows_the_shapes(device):
     leaves = inputs | dict(layer.named_parameters())
     values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
     assert_same_bits({n: v.detach() for n, v in values.items()}, expected)
+
+
+# --- a GPU's limits -------------------------------------------------------------------------------
+
+
+def test_what_a_gpu_does_not_have_is_known_by_the_parameters():
+    hopper = {"capability": 90, "max_cluster": 16, "cooperative": True}
+    turing = {"capability": 75, "max_cluster": 1, "cooperative": True}
+    row = {"place": "cluster", "dtype": F32}
+    wants = [
+        {"place": "cluster"}, {"row": row}, {"dtype": BF16}, {"case": Case(dtype=BF16)},
+    ]  # fmt: skip
+    assert [lacking(hopper, given) for given in wants] == [None] * 4
+    no_clusters = "no thread-block clusters on compute capability 7.5"
+    no_bfloat16 = "no kernels for bfloat16 on compute capability 7.5"
+    assert [lacking(turing, given) for given in wants] == [no_clusters] * 2 + [no_bfloat16] * 2
+    for given in ({}, {"place": "grid", "dtype": F16}, {"row": {"place": None}}, {"dtype": "tf32"}):
+        assert lacking(turing, given) is None
+    alone = turing | {"cooperative": False}
+    assert lacking(alone, {"place": "grid"}) == "no cooperative launches on this GPU"
+    assert lacking(turing | {"capability": 70}, {}) == "no kernels for compute capability 7.0"
+
+
+def test_tests_of_what_a_gpu_lacks_are_skipped(monkeypatch):
+    import conftest
+    from fastcell import _core
+
+    limits = {"capability": 75, "max_cluster": 1, "cooperative": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(cuda, "architectures", lambda: ["sm_75"])
+    monkeypatch.setattr(_core, "cuda_limits", {3: limits, 0: limits | {"max_cluster": 8}}.get)
+    item = SimpleNamespace(
+        get_closest_marker={"cuda": True}.get,
+        callspec=SimpleNamespace(params={"place": "cluster"}),
+    )
+    with pytest.raises(pytest.skip.Exception, match="no thread-block clusters"):
+        conftest.pytest_runtest_setup(item)
+    item.callspec.params["place"] = "step"
+    conftest.pytest_runtest_setup(item)
+    skip_lacking("cuda:0", place="cluster")
+    skip_lacking("cpu", place="cluster", dtype=BF16)
+    with pytest.raises(pytest.skip.Exception, match="bfloat16"):
+        skip_lacking("cuda", dtype=BF16)
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -570,3 +693,15 @@ def test_plans_follow_the_size():
     assert plan(H=256, B=8).place == "cluster"
     assert plan(H=1024, B=8).place == "grid"  # 8 MiB of weights: no cluster holds them
     assert plan(H=8192, B=8).place == "step"  # nor does the device
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("products", ["bfloat16", "float16", "tf32", "float32"])
+def test_the_capacities_of_the_documentation(products):
+    text = (Path(__file__).parent.parent / "docs" / "cuda.md").read_text()
+    (row,) = re.findall(rf"^\| {products} \|" + r" (\d+) \|" * 4 + "$", text, re.MULTILINE)
+    kinds = [(place, backward) for place in ("grid", "cluster") for backward in (False, True)]
+    for most, (place, backward) in zip(map(int, row), kinds, strict=True):
+        assert plan(products=products, backward=backward, B=16, H=most, place=place).place == place
+        with pytest.raises(ValueError, match="no plan"):
+            plan(products=products, backward=backward, B=16, H=most + 8, place=place)

@@ -5,6 +5,7 @@ No GPU is needed: the compiler's own report is in the extension (csrc/cuda/compi
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -16,10 +17,11 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from emulation_build import emulated
 from fastcell import _core
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +38,17 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def without_kernels() -> NoReturn:
+    """Fails where a build with CUDA kernels is meant to be tested (.ci/run), skips elsewhere."""
+    if os.environ.get("FASTCELL_EXPECT_CUDA"):
+        pytest.fail("FASTCELL_EXPECT_CUDA is set, but the extension was built without CUDA kernels")
+    pytest.skip("the extension was built without CUDA kernels")
+
+
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     if not _core.cuda_architectures():
-        pytest.skip("the extension was built without CUDA")
+        without_kernels()
     found: dict[str, Any] = json.loads(_core.cuda_report())["architectures"]
     return found
 
@@ -49,6 +58,15 @@ def names(architecture: str) -> list[str]:
     assert found is not None
     listed: list[str] = script("kernel_names").names(int(found[1]))
     return listed
+
+
+@pytest.mark.parametrize(
+    ("expected", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)]
+)
+def test_a_build_without_kernels_fails_where_they_are_expected(monkeypatch, expected, outcome):
+    monkeypatch.setenv("FASTCELL_EXPECT_CUDA", expected)
+    with pytest.raises(outcome, match="built without CUDA kernels"):
+        without_kernels()
 
 
 def test_every_architecture_has_every_kernel(report):
@@ -117,6 +135,64 @@ def test_the_images_are_what_the_compiler_wrote(report):
         else:
             assert b".target sm_100" in image[:2000], architecture
     assert sizes == {architecture: found["bytes"] for architecture, found in report.items()}
+
+
+# --- what a GPU runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        (70, None),
+        (75, "sm_75"),
+        (80, "sm_80"),
+        (86, "sm_86"),
+        (87, "sm_86"),  # machine code of a lower one with the same major number
+        (89, "sm_89"),
+        (90, "sm_90a"),
+        (100, "sm_100"),
+        (103, "sm_100"),
+        (110, "compute_100"),  # PTX for what has no machine code
+        (120, "sm_120"),
+        (121, "sm_120"),
+        (130, "compute_100"),
+    ],
+)
+def test_the_image_for_a_gpu(capability, runs):
+    listed = re.search(
+        r"FASTCELL_CUDA_ARCHITECTURES ([^\n]*)", (ROOT / "cmake/cuda.cmake").read_text()
+    )
+    assert listed is not None
+    modules = [
+        script("embed").Module(name, int(re.sub(r"\D", "", name)), Path(), {})
+        for name in listed[1].split()
+    ]
+    given = [(m.architecture, m.capability, m.exact, m.ptx) for m in modules]
+    assert emulated().choose_module(given, capability) == runs
+    assert emulated().choose_module(given[::-1], capability) == runs
+
+
+def test_code_for_one_chip_runs_on_no_other():
+    given = [("sm_90a", 90, True, False), ("compute_90a", 90, True, True)]
+    assert emulated().choose_module(given, 90) == "sm_90a"
+    assert emulated().choose_module(given[1:], 90) == "compute_90a"
+    assert emulated().choose_module(given, 100) is None
+
+
+def test_what_is_missing_is_said_at_the_first_call():
+    """Without kernels, and with kernels but without a driver."""
+    if not _core.cuda_architectures():
+        message = r"this build of fastcell has no CUDA kernels \(FASTCELL_CUDA=OFF\)"
+    else:
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            message = r"the CUDA driver is missing, or older than this build needs: 525\.60"
+        else:
+            pytest.skip("there is a CUDA driver")
+    for _ in range(2):  # the second call is no worse
+        with pytest.raises(RuntimeError, match=message):
+            _core.cuda_limits(0)
 
 
 def test_the_extension_is_not_too_large():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import fastcell
 from fastcell import cuda
+from support import Case, Problem, skip_lacking
 
 pytestmark = [
     pytest.mark.cuda,
@@ -28,14 +33,27 @@ def layer_and_input(**options) -> tuple[fastcell.LSTM, torch.Tensor]:
     return layer, torch.randn(20, 8, 16, device=GPU)
 
 
+def warm_stream(run: Callable[[], object]) -> torch.cuda.Stream:
+    """A stream of its own on which ``run`` has run: torch has memory and a workspace for it there.
+
+    Asking the driver for them would wait for the device.
+    """
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.synchronize()
+    return side
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_the_current_stream_is_used(place):
     """Work on a side stream is ordered there, and nothing waits for the host."""
     layer, x = layer_and_input()
     with cuda.choose_engine(place), torch.no_grad():
         expected = layer(x)[0]
-        torch.cuda.synchronize()
-        side = torch.cuda.Stream()
+        side = warm_stream(lambda: layer(x * 1.0))
         with torch.cuda.stream(side):
             torch.cuda._sleep(50_000_000)
             late = x * 1.0
@@ -43,6 +61,62 @@ def test_the_current_stream_is_used(place):
             assert not side.query(), "the call waited for the device"
         side.synchronize()
         assert torch.equal(output, expected)
+
+
+def training_step(layer: torch.nn.RNNBase, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, final states and the gradients of input and weights."""
+    output, (h, c) = layer(x)
+    loss = output.square().sum() + h.sum() + c.sum()
+    return [output, h, c, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_two_streams_at_once(place):
+    """Both have the bits of a call alone."""
+    layer, x = layer_and_input(bidirectional=True)
+    inputs = [torch.randn_like(x).requires_grad_() for _ in range(2)]
+    with cuda.choose_engine(place):
+        expected = [training_step(layer, given) for given in inputs]
+        streams = [warm_stream(lambda g=given: training_step(layer, g)) for given in inputs]
+        found: list[list[list[torch.Tensor]]] = [[], []]
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+        for _ in range(10):
+            for stream, given, into in zip(streams, inputs, found, strict=True):
+                with torch.cuda.stream(stream):
+                    into.append(training_step(layer, given))
+        torch.cuda.synchronize()
+    for right, repeated in zip(expected, found, strict=True):
+        for values in repeated:
+            for a, b in zip(values, right, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_two_threads_at_once(place):
+    """Each with a stream and a layer of its own."""
+    problems = [layer_and_input(bidirectional=True) for _ in range(2)]
+    problems = [(layer, x.requires_grad_()) for layer, x in problems]
+    started = threading.Barrier(2)
+
+    def work(number: int) -> list[list[torch.Tensor]]:
+        layer, x = problems[number]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            started.wait(60)
+            found = [training_step(layer, x) for _ in range(10)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with cuda.choose_engine(place):
+        expected = [training_step(layer, x) for layer, x in problems]
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(work, range(2)))
+    for right, repeated in zip(expected, found, strict=True):
+        for values in repeated:
+            for a, b in zip(values, right, strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -149,15 +223,11 @@ def test_layers_at_the_same_time(place):
         with cuda.choose_engine(place), cuda.choose_wavefront(wave):
             return step()
 
-    try:
-        expected = run(False)
-    except ValueError:
-        pytest.skip("this GPU has no clusters")
+    expected = run(False)
     first = run(True)
     for a, b in zip(first, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
+    side = warm_stream(lambda: run(True))
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         found = run(True)
@@ -199,8 +269,53 @@ def test_the_call_after_out_of_memory_works():
     steps = free // (64 * 4) // 8
     with pytest.raises(torch.OutOfMemoryError):
         layer(torch.zeros(1, 1, 16, device=GPU).expand(steps, 8, 16))
+    gc.collect()  # what the traceback held
     assert torch.cuda.memory_allocated() == before
     torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_the_call_after_out_of_memory_in_a_backward_pass_works():
+    """There is no room for the gradients of gates, which are as large as the gates."""
+    layer, x = layer_and_input()
+    x = x.repeat(50, 8, 1)  # 1000 steps, 64 samples: 64 MiB of gates
+    expected = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    output, _ = layer(x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    gates = 1000 * 64 * 4 * 64 * 4
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + gates // 4) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.autograd.grad(output.sum(), list(layer.parameters()), retain_graph=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()  # what the traceback held
+    assert torch.cuda.memory_allocated() == before
+    found = torch.autograd.grad(output.sum(), list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_training_step_takes_no_more_memory_than_torchs(kind):
+    """At its peak, above what lives before it; of a sequence that outweighs the weights."""
+    steps, batch, size = 500, 32, 256
+    x = torch.randn(steps, batch, size, device=GPU)
+    peaks = []
+    for library in (fastcell, torch.nn):
+        layer = getattr(library, kind)(size, size, device=GPU)
+        for _ in range(2):  # the first allocates workspaces and gradients
+            layer(x)[0].sum().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        layer(x)[0].sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    ours, theirs = peaks
+    assert ours <= theirs
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -249,13 +364,16 @@ def test_torch_compile():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_another_device_than_the_current_one():
-    layer = fastcell.LSTM(16, 64, device="cuda:1")
-    x = torch.randn(20, 8, 16, device="cuda:1")
-    with torch.cuda.device(0):
-        output = layer(x)[0]
+@pytest.mark.parametrize("place", PLACES)
+def test_another_device_than_the_current_one(place):
+    """Values and gradients, beside the CPU."""
+    skip_lacking("cuda:1", place=place)
+    problem = Problem(Case("lstm", torch.float32, 2, True, T=20, B=8, I=16, H=64, device="cuda:1"))
+    with torch.cuda.device(0), cuda.choose_engine(place):
+        found = problem.run(problem.layer(fastcell))
         assert torch.cuda.current_device() == 0
-    assert output.device == torch.device("cuda:1")
+    assert {value.device for value in found.values()} == {torch.device("cuda:1")}
+    problem.assert_close(found, problem.truth())
 
 
 def test_no_warning_of_torchs_about_weights():
@@ -273,36 +391,68 @@ def test_backward_in_eval_mode():
     assert layer.weight_ih_l0.grad.any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer_reports_nothing(tool):
-    """NVIDIA's checker of memory accesses, races in shared memory and barriers, where it runs."""
+EVERYTHING = """if True:
+    import fastcell, torch
+    limits = fastcell._core.cuda_limits(0)
+    places = ["step", "grid", "cluster"][: 3 if limits["max_cluster"] > 1 else 2]
+    dtypes = [torch.float32, torch.bfloat16 if limits["capability"] >= 80 else torch.float16]
+    for place in places:
+        for dtype in dtypes:
+            for kind in (fastcell.LSTM, fastcell.GRU):
+                layer = kind(5, 37, bidirectional=True, device="cuda", dtype=dtype)
+                x = torch.randn(4, 19, 5, device="cuda", dtype=dtype)
+                with fastcell.cuda.choose_engine(place):
+                    layer(x)[0].sum().backward()
+    for kind, more in (("LSTM", {}), ("LSTM", {"proj_size": 37}), ("GRU", {})):
+        layer = getattr(fastcell, kind)(5, 300, layer_norm=True, device="cuda", **more)
+        layer(torch.randn(4, 19, 5, device="cuda"))[0].sum().backward()
+    torch.cuda.synchronize()
+    print("ran")
+"""
+# One layer in every place.
+LITTLE = """if True:
+    import fastcell, torch
+    layer = fastcell.LSTM(5, 20, device="cuda")
+    x = torch.randn(3, 3, 5, device="cuda")
+    clusters = fastcell._core.cuda_limits(0)["max_cluster"] > 1
+    for place in ["step", "grid", "cluster"][: 3 if clusters else 2]:
+        with fastcell.cuda.choose_engine(place):
+            layer(x)[0].sum().backward()
+    torch.cuda.synchronize()
+    print("ran")
+"""
+
+
+def assert_sanitizer_reports_nothing(tool: str, code: str) -> None:
+    """Under NVIDIA's compute-sanitizer, where it is installed and knows the device."""
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(checker):
         pytest.skip("compute-sanitizer is not installed")
-    code = """if True:
-        import fastcell, torch
-        for place in ("step", "grid", "cluster"):
-            for dtype in (torch.float32, torch.bfloat16):
-                for kind in (fastcell.LSTM, fastcell.GRU):
-                    layer = kind(5, 37, bidirectional=True, device="cuda", dtype=dtype)
-                    x = torch.randn(4, 19, 5, device="cuda", dtype=dtype)
-                    with fastcell.cuda.choose_engine(place):
-                        layer(x)[0].sum().backward()
-        for kind, more in (("LSTM", {}), ("LSTM", {"proj_size": 37}), ("GRU", {})):
-            layer = getattr(fastcell, kind)(5, 300, layer_norm=True, device="cuda", **more)
-            layer(torch.randn(4, 19, 5, device="cuda"))[0].sum().backward()
-        torch.cuda.synchronize()
-        print("ran")
-    """
-    # Of all kernels, torch's too: the names of some cannot be told apart by every version.
+    # Of all kernels, torch's too: the names of some cannot be told apart by every version. Without
+    # torch's cache of memory, in which an access beside a tensor hits another one.
+    environment = {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
     options = ["--tool", tool, "--error-exitcode", "9"]
     done = subprocess.run(
         [checker, *options, sys.executable, "-c", code],
         capture_output=True, text=True, timeout=900, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=os.environ | environment,
     )  # fmt: skip
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "ran" in done.stdout
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck"])
+def test_compute_sanitizer_reports_nothing_of_a_small_layer(tool):
+    assert_sanitizer_reports_nothing(tool, LITTLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_reports_nothing(tool):
+    """Accesses to memory, races in shared memory, barriers."""
+    assert_sanitizer_reports_nothing(tool, EVERYTHING)

@@ -20,7 +20,7 @@ from emulation_build import emulated
 from fastcell import normed_cuda, ops, reference
 from fastcell.cells import spec_of
 from fastcell.normed import split
-from support import assert_equal_bits
+from support import assert_equal_bits, skip_lacking
 from tolerances import eps_of
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -333,6 +333,7 @@ def test_second_derivatives(kind, more, bias, device):
 @pytest.mark.parametrize("kind", CELLS)
 def test_second_derivatives_of_16_bits_with_lengths(kind, device):
     """Their dtypes, and that the graph is whole."""
+    skip_lacking(device, dtype=BF16)
     problem = Problem(kind, Sizes(4, 3, 2, 5), "lengths", reset=True)
     x, *rest = [t.to(device, BF16).requires_grad_() for t in (problem.x, *problem.weights)]
     output, _ = ops.normed(

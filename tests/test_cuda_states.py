@@ -25,6 +25,7 @@ from option_cases import (
     results,
     tensors,
 )
+from support import skip_lacking
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -163,6 +164,7 @@ def test_second_derivatives(device):
 
 
 def test_second_derivatives_at_16_bits(device):
+    skip_lacking(device, dtype=BF16)
     layer = fastcell.LSTM(2, 3, dtype=BF16, device=device)
     x = torch.randn(3, 2, 2, dtype=BF16, device=device, requires_grad=True)
     c = layer(x, return_states=True)[2][1]

@@ -22,7 +22,7 @@ from fastcell.autograd import differentiable
 from fastcell.cells import with_options
 from fastcell.plan import Config, Extras
 from option_cases import CHOICES, extras_for, input_for, results, tensors
-from support import Case, Problem
+from support import Case, Problem, skip_lacking
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -111,6 +111,7 @@ def run(
 @pytest.mark.parametrize(("cell", "which", "form", "proj"), list(cases()))
 def test_same_bits_as_layer_by_layer(cell, which, form, proj, dtype, chunk, device):
     """Several tiles and blocks, in clusters; of 6 steps, so that a last chunk may be shorter."""
+    skip_lacking(device, place="cluster")
     if device == "cpu":
         emulated().pretend(multiprocessors=32)
     arguments = (cell, which, form, proj, dtype, device)

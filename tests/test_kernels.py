@@ -14,12 +14,14 @@ import fastcell
 from fastcell import _core, cpu
 from support import (
     CELLS,
+    LAYOUTS,
     Case,
     Problem,
     Values,
     assert_equal_bits,
     assert_same_bits,
     away_from_the_kink,
+    every_other,
     is_parameter,
     pairwise,
 )
@@ -325,36 +327,6 @@ def test_any_layout_has_the_bits_of_a_dense_one(case, batch_first):
         assert any(not value.is_contiguous() for value in strided.values()), name
         assert_same_bits(run(strided, grads), expected)
         assert_same_bits(run(dense, [change(grad) for grad in grads]), expected)
-
-
-def every_other(t: torch.Tensor) -> torch.Tensor:
-    """The same values, with two gaps of NaN behind each."""
-    wide = torch.full((*t.shape, 3), torch.nan, dtype=t.dtype)
-    wide[..., 0] = t
-    return wide[..., 0]
-
-
-def in_other_order(t: torch.Tensor) -> torch.Tensor:
-    return t.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-
-
-def inside(t: torch.Tensor) -> torch.Tensor:
-    """A corner of a larger tensor of NaN: rows dense, steps and samples not."""
-    larger = torch.full([n + 2 for n in t.shape], torch.nan, dtype=t.dtype)
-    larger[1:-1, 1:-1, 1:-1] = t
-    return larger[1:-1, 1:-1, 1:-1]
-
-
-def transposed(t: torch.Tensor) -> torch.Tensor:
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-LAYOUTS = {
-    "every other": every_other,
-    "in other order": in_other_order,
-    "inside": inside,
-    "transposed": transposed,
-}
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

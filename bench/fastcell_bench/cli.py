@@ -50,7 +50,8 @@ examples:
   fastcell bench --quick
   fastcell bench --cell lstm --mode training --plot lstm.png
   fastcell bench --shape GRU:50:3:40:129 --layers 2 --bidirectional --ragged --peers torch
-  fastcell bench --json - --rows 1,8,15"""
+  fastcell bench --json - --rows 1,8,15
+  fastcell bench --cuda --dtype bfloat16 --mode inference"""
 
 
 class UsageError(Exception):
@@ -97,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
         help="only the table's rows of this cell: lstm, gru or rnn",
     )
     rows.add_argument("--rows", metavar="LIST", help="only these rows of the table, like 1,4-6")
+    rows.add_argument(
+        "--cuda",
+        action="store_true",
+        help="on a GPU, beside torch.nn with cuDNN; other options: fastcell bench --cuda --help",
+    )
     rows.add_argument("--list", action="store_true", help="list the table's rows and stop")
     rows.add_argument(
         "--shape",
@@ -148,11 +154,17 @@ def main(
     argv: list[str], registry: Mapping[str, Entry] = REGISTRY, judge_entry: Entry = JUDGE
 ) -> int:
     """Run; the exit status is in the module's --help."""
+    if argv[:1] == ["--cuda"]:  # has options of its own, --help among them
+        from fastcell_bench import gpu
+
+        return gpu.main(argv[1:])
     try:
         options = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what was wrong
         return stop.code if isinstance(stop.code, int) else BAD_USAGE
     try:
+        if options.cuda:
+            raise UsageError("--cuda comes first: fastcell bench --cuda --help")
         if options.list:
             print("\n".join(f"{number:>3}  {_shape(row)}" for number, row in enumerate(TABLE, 1)))
             return 0

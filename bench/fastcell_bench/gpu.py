@@ -1,4 +1,4 @@
-"""fastcell against torch.nn (cuDNN) on a GPU. `python -m fastcell_bench.gpu`
+"""fastcell against torch.nn (cuDNN) on a GPU. `fastcell bench --cuda`
 
 Both run in one process, on one stream, in alternating blocks; a block is several calls between two
 events of the device, so that what is measured is the device's time, or the host's where the device
@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 import fastcell
 from fastcell_bench.cases import GATES, parse_shape
 from fastcell_bench.cli import positive, whole
+from fastcell_bench.machine import nvidia_driver
 from fastcell_bench.variants import gain, make
 
 Run = Callable[[], object]
@@ -52,7 +53,7 @@ SHAPES: tuple[Shape, ...] = tuple(
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog="python -m fastcell_bench.gpu",
+        prog="fastcell bench --cuda",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -238,22 +239,39 @@ def facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {
             "gpu": torch.cuda.get_device_name(device),
+            "driver": nvidia_driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     return found
 
 
+def in_words(found: Mapping[str, Any]) -> str:
+    """The facts in a line."""
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def missing() -> str | None:
+    """Why there is nothing to measure here; None if there is."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch finds none (driver: {nvidia_driver() or 'none'})"
+    if not fastcell.cuda.architectures():
+        return "this build of fastcell has no CUDA kernels"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 where there is no GPU or no kernels for one."""
     options = parser().parse_args(arguments)
-    if not torch.cuda.is_available() or not fastcell.cuda.architectures():
-        print("fastcell_bench.gpu: needs a CUDA device and a build with CUDA", file=sys.stderr)
+    if why := missing():
+        print(f"fastcell bench: needs a CUDA device and kernels for it: {why}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     shapes = [parse_shape(text) for text in options.shape] or list(SHAPES)
     modes = ["inference", "training"] if options.mode == "both" else [options.mode]
-    print(", ".join(f"{name} {value}" for name, value in facts(device).items()))
+    print(in_words(facts(device)))
     with fastcell.cuda.choose_engine(options.engine):
         rows = table(
             shapes, options.dtype or ["float32", "bfloat16"], modes, device,

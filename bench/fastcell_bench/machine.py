@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,20 @@ def describe(levels: list[CacheLevel]) -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
     }
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, or of the CUDA that it supports; None without a driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        if said.strip():
+            return said.splitlines()[0].strip()
+    with contextlib.suppress(OSError, AttributeError):
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    return None
 
 
 def _cpu_information() -> dict[str, str]:

@@ -19,6 +19,15 @@ class Module(NamedTuple):
     image: Path
     symbols: dict[str, str]  # by name expression
 
+    @property
+    def exact(self) -> bool:
+        """Whether it runs on that capability alone."""
+        return self.architecture[-1].isalpha()
+
+    @property
+    def ptx(self) -> bool:
+        return self.architecture.startswith("compute_")
+
 
 def blob(label: str, file: Path) -> list[str]:
     # The digest makes this a new source whenever the file is another one: no compiler, nor a cache
@@ -67,10 +76,9 @@ def write(file: Path, modules: list[Module], report: Path) -> None:
         lines += ["};", ""]
     lines += ["}  // namespace", "", "const EmbeddedModule embedded_modules[] = {"]
     for index, module in enumerate(modules):
-        exact = str(module.architecture[-1].isalpha()).lower()
-        virtual = str(module.architecture.startswith("compute_")).lower()
+        exact, ptx = (str(flag).lower() for flag in (module.exact, module.ptx))
         lines.append(
-            f'    {{"{module.architecture}", {module.capability}, {exact}, {virtual}, '
+            f'    {{"{module.architecture}", {module.capability}, {exact}, {ptx}, '
             f"fastcell_cuda_module_{index}, {packed[index].stat().st_size}, kernels_{index}, "
             f"{len(module.symbols)}}},"
         )

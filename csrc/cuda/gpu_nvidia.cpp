@@ -11,6 +11,7 @@
 #include <tuple>
 #include <unordered_map>
 
+#include "choose_module.h"
 #include "embedded.h"
 #include "gpu.h"
 #include "inflate.h"
@@ -124,25 +125,6 @@ class AllowedInCapture {
 // --- which code
 // -----------------------------------------------------------------------------------
 
-// Machine code of the device's capability, else of a lower one with the same major number, else
-// PTX.
-const EmbeddedModule* choose(int capability) {
-  const EmbeddedModule* best = nullptr;
-  for (std::size_t i = 0; i < embedded_module_count; ++i) {
-    const EmbeddedModule& module = embedded_modules[i];
-    const bool runs = module.ptx     ? module.capability <= capability
-                      : module.exact ? module.capability == capability
-                                     : module.capability <= capability &&
-                                           module.capability / 10 == capability / 10;
-    if (!runs) continue;
-    const auto rank = [](const EmbeddedModule& m) {
-      return std::make_tuple(!m.ptx, m.capability, m.exact);
-    };
-    if (best == nullptr || rank(module) > rank(*best)) best = &module;
-  }
-  return best;
-}
-
 std::string supported() {
   std::string text;
   for (std::size_t i = 0; i < embedded_module_count; ++i) {
@@ -219,7 +201,8 @@ Device& find_device(int index) {
   Device device;
   device.index = index;
   device.limits = ask_limits(index);
-  if (const EmbeddedModule* module = choose(device.limits.capability)) {
+  if (const EmbeddedModule* module =
+          choose_module(embedded_modules, embedded_module_count, device.limits.capability)) {
     device.architecture = module->architecture;
   }
   return devices.emplace(index, std::move(device)).first->second;

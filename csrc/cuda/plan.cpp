@@ -160,10 +160,9 @@ Plan choose_plan(int device, const CellFacts& cell, const std::string& products,
   plan.sizes = sizes;
   plan.device = device;
   if (limit.capability < plan.products.capability) {
+    const auto text = [](int n) { return std::to_string(n / 10) + "." + std::to_string(n % 10); };
     throw std::invalid_argument("products of " + products + " need a GPU of compute capability " +
-                                std::to_string(plan.products.capability / 10) + ".0, got " +
-                                std::to_string(limit.capability / 10) + "." +
-                                std::to_string(limit.capability % 10));
+                                text(plan.products.capability) + ", got " + text(limit.capability));
   }
   const int chunk = kChunkBytes / plan.products.element;
   const int gates_width =
