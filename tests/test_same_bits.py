@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import fastcell
-from fastcell import _core
+from fastcell import _core, packing
 from fastcell.cells import options_of
+from fastcell.cpu_time import row_offsets
+from fastcell.plan import bound_stack
 from support import CELLS, Case, Problem, Values, assert_same_bits, is_parameter, threads
 
 F32, F64 = torch.float32, torch.float64
@@ -245,3 +247,39 @@ def test_the_inputs_gradient_of_few_rows(bidirectional, dtype, count):
         whole = gradient(x)
         for batch in (1, 2, 4, 7, 12):
             assert torch.equal(gradient(x[:, :batch]), whole[:, :batch])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_parts_of_a_ragged_batch(kind, bidirectional):
+    """Which have nearly as many rows each, where threads had better not wait for each other."""
+    layer = getattr(fastcell, kind)(20, 67, bidirectional=bidirectional)
+    lengths = torch.tensor([9, 3, 7, 1, 5, 5, 2])
+    x = torch.randn(9, 7, 20, requires_grad=True)
+    weights = list(layer.parameters())
+
+    def outcome():
+        output, state = layer(x, lengths=lengths)
+        states = state if isinstance(state, tuple) else (state,)
+        total = output.square().sum() + sum(s.square().sum() for s in states)
+        return [output, *states, *torch.autograd.grad(total, (x, *weights))]
+
+    expected = outcome()
+    config = packing._entries[tuple(map(id, weights))].call[0]
+    stack = bound_stack(config, x, weights)
+    try:
+        for way in ((1, 3, 1, 1), (1, 2, 1, 1), (1, 1, 3, 1), (1 + bidirectional, 1, 1, 1)):
+            stack.force_schedule(*way)
+            with threads(way[0] * way[1] * way[2]):
+                for found, wanted in zip(outcome(), expected, strict=True):
+                    assert torch.equal(found, wanted), way
+    finally:
+        stack.force_schedule(0, 0, 0, 1)
+
+
+def test_when_a_ragged_batch_is_cut_into_parts():
+    stack = _core.Stack("gru", "float32", "exact", 256, 256, 0, 1, 1, True, options_of("gru"), 0)
+    offsets = row_offsets(torch.arange(64, 0, -1))
+    time = (64, 64, int(offsets[-1]), offsets.data_ptr(), 2)
+    assert stack.explain(*time, True) == (1, 1, 2, 1)
+    assert stack.explain(*time, False) == (1, 2, 1, 1)

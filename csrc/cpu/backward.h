@@ -49,7 +49,7 @@ class Backward {
     Arena arena(call.workspace);
     const Buffers buffers(call, team.size, arena);
     clear_padding(call.time, call.d_x.as<T>(), call.stack.input, team);
-    const Place place(call.schedule, team, barriers, call.time.batch);
+    const Place place(call.schedule, team, barriers, call.time);
     for (int layer = call.stack.layers - 1; layer >= 0; --layer) {
       Layer(call, buffers, team, place, layer).run();
     }

@@ -186,7 +186,7 @@ class Forward {
     const RowMap<char> y{static_cast<char*>(call.y), call.time.samples * width, width, false,
                          call.time.order};
     clear_padding(call.time, y, width, team);
-    const Place place(call.schedule, team, barriers, call.time.batch);
+    const Place place(call.schedule, team, barriers, call.time);
     if (place.layer_groups > 1) return run_wavefront(call, buffers, team, place, barriers);
     Arena packed(const_cast<void*>(call.packed));
     for (int layer = 0; layer < call.stack.layers; ++layer) {

@@ -28,7 +28,8 @@ class Reservoir {
   static void run(const ReservoirCall& call, const Team& team, Barrier* barriers) {
     Arena arena(call.workspace);
     const Buffers buffers(call, team.size, arena);
-    const Place place(call.schedule, team, barriers, blocks(call));
+    const Timeline time{1, blocks(call), blocks(call), nullptr};
+    const Place place(call.schedule, team, barriers, time);
     for (int64_t block = place.b0; block < place.b1; ++block) {
       Reservoir(call, buffers, team, place, block).run_steps();
     }

@@ -85,6 +85,30 @@ struct Share {
   }
 };
 
+// The samples of part `index` of a batch: of a ragged one, the longest first, so that all parts
+// have nearly as many rows.
+inline Range batch_part(const Timeline& time, int index, int parts) {
+  if (!time.offsets) return part(time.batch, index, parts);
+  const auto cut = [&](int64_t wanted) {
+    int64_t low = 0, high = time.batch;  // the first samples that have so many rows
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      int64_t rows = 0;
+      for (int64_t t = 0; t < time.steps; ++t) {
+        rows += time.alive(t) < middle ? time.alive(t) : middle;
+      }
+      if (rows < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  const Range rows = part(time.rows, index, parts);
+  return {cut(rows.begin), cut(rows.end)};
+}
+
 // One thread's place within the schedule of a layer.
 struct Place {
   int direction_group, directions;  // handles directions direction_group, + directions, ...
@@ -93,7 +117,7 @@ struct Place {
   int index, size;                  // within the threads that share that part
   Barrier* barrier;
 
-  Place(const Schedule& wanted, const Team& team, Barrier* barriers, int64_t batch) {
+  Place(const Schedule& wanted, const Team& team, Barrier* barriers, const Timeline& time) {
     Schedule s = wanted;
     // The runtime may have given another number of threads than the schedule was made for.
     if (s.threads() != team.size ||
@@ -107,7 +131,7 @@ struct Place {
     layer_group = group % s.layer_groups;
     direction_group = s.layer_groups > 1 ? 0 : group / s.batch_groups;
     directions = s.direction_groups;
-    const Range range = part(batch, group % s.batch_groups, s.batch_groups);
+    const Range range = batch_part(time, group % s.batch_groups, s.batch_groups);
     b0 = range.begin;
     b1 = range.end;
     barrier = barriers + 1 + group;  // barrier 0 is the whole team's

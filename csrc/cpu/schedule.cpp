@@ -108,8 +108,9 @@ Schedule choose_schedule(const Stack& s, const Timeline& time, const CellKernels
   for (int directions = 1; directions <= s.directions; ++directions) {
     const int each = threads / directions;
     for (int groups = 1; groups <= each && groups * directions < kMaxBarriers; ++groups) {
-      // Samples of a ragged batch end at different steps: parts of the batch would not be equal.
-      if (groups > 1 && (time.offsets || groups > time.batch)) break;
+      // Samples of a ragged batch end at different steps: parts of the batch are not equal at every
+      // one, so that a part of the units is better.
+      if (groups > 1 && ((time.offsets && barriers) || groups > time.batch)) break;
       const int most = barriers ? each / groups : 1;
       for (int units = 1; units <= most;
            units = units < most && units * 2 > most ? most : units * 2) {
