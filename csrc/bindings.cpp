@@ -180,8 +180,9 @@ class BoundStack {
   }
 
   py::tuple explain(int64_t steps, int64_t batch, int64_t rows, Pointer offsets, int threads,
-                    bool wavefront) const {
-    const Schedule s = schedule(timeline(steps, batch, rows, offsets), threads, true, wavefront);
+                    bool wavefront, bool barriers) const {
+    const Schedule s =
+        schedule(timeline(steps, batch, rows, offsets), threads, barriers, wavefront);
     return py::make_tuple(s.direction_groups, s.batch_groups, s.unit_threads, s.layer_groups);
   }
 
@@ -851,7 +852,8 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("reserve_row_elements", &BoundStack::reserve_row_elements)
       .def("cells_at", &BoundStack::cells_at)
       .def("pack", &BoundStack::pack)
-      .def("explain", &BoundStack::explain)
+      .def("explain", &BoundStack::explain, py::arg("steps"), py::arg("batch"), py::arg("rows"),
+           py::arg("offsets"), py::arg("threads"), py::arg("wavefront"), py::arg("barriers") = true)
       .def("force_schedule", &BoundStack::force_schedule)
       .def("forward_workspace", &BoundStack::forward_workspace)
       .def("backward_workspace", &BoundStack::backward_workspace)

@@ -282,4 +282,4 @@ def test_when_a_ragged_batch_is_cut_into_parts():
     offsets = row_offsets(torch.arange(64, 0, -1))
     time = (64, 64, int(offsets[-1]), offsets.data_ptr(), 2)
     assert stack.explain(*time, True) == (1, 1, 2, 1)
-    assert stack.explain(*time, False) == (1, 2, 1, 1)
+    assert stack.explain(*time, True, barriers=False) == (1, 2, 1, 1)

@@ -110,9 +110,16 @@ class Stack:
         """
 
     def explain(
-        self, steps: int, batch: int, rows: int, offsets: int, threads: int, wavefront: bool, /
+        self,
+        steps: int,
+        batch: int,
+        rows: int,
+        offsets: int,
+        threads: int,
+        wavefront: bool,
+        barriers: bool = True,
     ) -> tuple[int, int, int, int]:
-        """How a forward call would be shared out.
+        """How a forward call would be shared out; ``barriers``: if threads may wait at each step.
 
         (direction groups, batch groups, threads per group, layer groups); their product is the
         number of threads. A backward call, and one with dropout masks, has no layer groups.
