@@ -186,9 +186,9 @@ def row(variant: Variant, shape: tuple[int, int, int, int], settings: Settings) 
             loops["over compiled loop"] = python_loop(layer, call.get("reset"), True)
     for loop in loops.values():
         # (Single numbers of long sequences differ by more than most: rounding grows through norms.)
-        found = loop(x)
-        torch.testing.assert_close(wanted, found, rtol=1e-2, atol=1e-2)
-        error = (wanted - found).square().mean().sqrt()
+        there = loop(x)
+        torch.testing.assert_close(wanted, there, rtol=1e-2, atol=1e-2)
+        error = (wanted - there).square().mean().sqrt()
         assert error < 1e-4, f"{variant.name}: a loop differs by {error:.1e}"
 
     def timed(of: torch.nn.Module, output: Callable[[], torch.Tensor], training: bool) -> Run:
