@@ -43,7 +43,7 @@ def test_the_choice_is_near_the_best(shape, training):
     cell, steps, batch, features, hidden, bidirectional = shape
     layer = getattr(fastcell, cell)(features, hidden, bidirectional=bidirectional)
     x = torch.randn(steps, batch, features, requires_grad=training)
-    weights = layer._weights()
+    weights = list(layer.parameters())
     with threads(THREADS), torch.set_grad_enabled(training):
         layer(x)
         config = packing._entries[tuple(map(id, weights))].call[0]

@@ -810,10 +810,11 @@ class Backward {
       };
       const Panels<T> over_x{1, s.layer_input(layer), G * s.hidden};
       if (time.rows <= kFewRows) {
-        multiply_few_rows(weight(dir, 0), over_x.units, over_x.depth, rows, a_row, c_row, add,
-                          team);
+        multiply_few_rows<T>(weight(dir, 0), over_x.units, over_x.depth, rows, a_row, c_row, add,
+                             team);
       } else {
-        multiply_rows(over_x, buffers.x_weights[dir], rows, a_row, c_row, add, buffers.rows, team);
+        multiply_rows<T>(over_x, buffers.x_weights[dir], rows, a_row, c_row, add, buffers.rows,
+                         team);
       }
     }
 

@@ -556,7 +556,7 @@ class Forward {
       const Element* a[kRowBlock];
       for (int i = 0; i < n; ++i) a[i] = delayed_operand(h_delayed, t, b + i);
       Precision::multiply(a, to, n, Packed::panel(w.skip, w.skip_weights, p), nullptr,
-                          w.skip.vectors(p), w.skip.depth, nullptr);
+                          w.skip.vectors(p), w.skip.depth, nullptr, nullptr);
     }
   }
 
@@ -691,20 +691,22 @@ class Forward {
           a[i] = x_row(rows[i].t, rows[i].b, rows[i].r, sums_first);
           to[i] = sums_row(p, rows[i].r);
         }
-        begin_sums(p, a, to, n);
+        begin_sums(p, a, to, n, nullptr);
       });
     });
   }
 
-  // Begins sums: with the input's terms, and the recurrent bias where the two stay apart.
-  FASTCELL_INLINE void begin_sums(int64_t p, const Element* const* a, T* const* to, int n) const {
+  // Begins sums: with the input's terms, and the recurrent bias where the two stay apart. `next`:
+  // see multiply_panel().
+  FASTCELL_INLINE void begin_sums(int64_t p, const Element* const* a, T* const* to, int n,
+                                  const Element* next) const {
     const int64_t unit = w.x.first_unit(p);
     for (int i = 0; i < A; ++i) {
       const V bias = V::load(w.h_bias + unit * A + i * lanes);
       for (int row = 0; row < n; ++row) bias.store(to[row] + (G + i) * lanes);
     }
     Precision::multiply(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
-                        w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
+                        w.x.vectors(p), w.x.depth, w.x_bias + unit * G, next);
   }
 
   // The same of one step of one sample.
@@ -778,6 +780,8 @@ class Forward {
       if (!hoisted) prefetch_input(reverse ? t - 1 : t + 1, panels_done++, share.panels());
       if (b1 > alive) b1 = alive;
       const int64_t width = w.h.blocks(p) * (G + A) * lanes;
+      const Element* const own = Packed::panel(w.h, w.h_weights, p);
+      const Element* const next = first_weights(after(p, backwards));
       alignas(64) T block[kRowBlock * kMaxVectors * lanes];
       for (int64_t b = b0; b < b1; b += kRowBlock) {
         const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
@@ -790,7 +794,7 @@ class Forward {
             a[i] = x_row(t, b + i, first + b + i, first);
             to[i] = block + i * width;
           }
-          begin_sums(p, a, to, n);
+          begin_sums(p, a, to, n, own);
         }
         if (s.delay > 0) add_delayed(p, t, b, n, to, h_delayed);
         T* const sums_begin = to[0];
@@ -799,13 +803,23 @@ class Forward {
           to[i] += A * lanes;
         }
         if constexpr (Cell::recurrent) {
-          Precision::multiply(a, to, n, Packed::panel(w.h, w.h_weights, p),
-                              w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
-                              nullptr);
+          Precision::multiply(a, to, n, own, w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p),
+                              w.h.depth, nullptr, next);
         }
         finish_panel(p, sums_begin, width, Rows{b, n, t, first, alive_next}, h_before, h_after);
       }
     });
+  }
+
+  // The panel that a step takes after p; after its last one the next step goes back over them.
+  int64_t after(int64_t p, bool backwards) const {
+    if (backwards) return p > 0 ? p - 1 : p;
+    return p + 1 < w.h.count() ? p + 1 : p;
+  }
+
+  // What a step reads first of its weights for panel p.
+  const Element* first_weights(int64_t p) const {
+    return hoisted ? Packed::panel(w.h, w.h_weights, p) : Packed::panel(w.x, w.x_weights, p);
   }
 
   // A part of the input of step t: the product will read it row by row, which no hardware foresees.
@@ -912,7 +926,7 @@ class Forward {
           to[i] = block + i * vectors * lanes;
         }
         Precision::multiply(a, to, n, Packed::panel(panels, w.second_weights, p), nullptr, vectors,
-                            panels.depth, zeros);
+                            panels.depth, zeros, nullptr);
         for (int i = 0; i < n; ++i) {
           for (int v = 0; v < vectors; ++v) {
             const int64_t unit = panels.first_unit(p) + v * lanes;
@@ -969,7 +983,7 @@ class Forward {
           to[i] = h_after + (b + i) * h_stride + unit;
         }
         Precision::multiply(a, to, n, Packed::panel(w.r, w.r_weights, p), w.r_scales + unit,
-                            vectors, w.r.depth, zeros);
+                            vectors, w.r.depth, zeros, nullptr);
         for (int i = 0; i < n; ++i) {
           for (int v = 0; v < vectors; ++v) {
             const int64_t at = unit + v * lanes, left = s.output - at;

@@ -26,7 +26,11 @@ struct ExpConstants<float> {
   static constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int mantissa = 23;
   static constexpr int bias = 127;
-  static constexpr float tanh_limit = 20.0f;  // 2|x| above which tanh rounds to 1
+  // expm1(r) = r + r^2 q(r), |r| <= 0.3466: the minimax q of degree 4, which adds at most 0.11 ULP.
+  static constexpr int terms = 5;
+  static constexpr float q[terms] = {0.499999981527f, 0.166665435618f, 0.0416672001117f,
+                                     0.00836652857153f, 0.00138825202477f};
+  static constexpr float tanh_limit = 10.0f;  // |x| above which tanh rounds to 1
   static constexpr float exp_least = -87.3f;  // 2^n still a normal number
   static constexpr float exp_most = 88.8f;    // 2^n just infinite
 };
@@ -39,10 +43,42 @@ struct ExpConstants<double> {
   static constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr int bias = 1023;
-  static constexpr double tanh_limit = 44.0;
+  // The Taylor series, whose first term left out is below 0.01 ULP.
+  static constexpr int terms = 12;
+  static constexpr double q[terms] = {0.5,
+                                      1.0 / 6,
+                                      1.0 / 24,
+                                      1.0 / 120,
+                                      1.0 / 720,
+                                      1.0 / 5040,
+                                      1.0 / 40320.0,
+                                      1.0 / 362880.0,
+                                      1.0 / 3628800.0,
+                                      1.0 / 39916800.0,
+                                      1.0 / 479001600.0,
+                                      1.0 / 6227020800.0};
+  static constexpr double tanh_limit = 22.0;
   static constexpr double exp_least = -708.3;
   static constexpr double exp_most = 709.8;
 };
+
+// The terms [first, terms) of q, without r^first: pairs of them, which do not wait for one another,
+// and these by powers of r^2.
+template <class T, int first = 0>
+FASTCELL_INLINE Vec<T> polynomial(Vec<T> r, Vec<T> r2) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  if constexpr (first + 1 == C::terms) {
+    return V(C::q[first]);
+  } else {
+    const V pair = fma(V(C::q[first + 1]), r, V(C::q[first]));
+    if constexpr (first + 2 == C::terms) {
+      return pair;
+    } else {
+      return fma(r2, polynomial<T, first + 2>(r, r2), pair);
+    }
+  }
+}
 
 // exp(y) split as scale (1 + p): scale = 2^n, p = expm1(r). |y| must stay within the limits above.
 template <class T>
@@ -50,61 +86,40 @@ struct SplitExp {
   Vec<T> scale, p;
 };
 
-template <class T>
-FASTCELL_INLINE SplitExp<T> split_exp(Vec<T> y) {
+// Of y = sign x, sign = 1, -1 or 2 (by which multiplying is exact).
+template <class T, int sign>
+FASTCELL_INLINE SplitExp<T> split_exp(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  const V shifted = fma(y, V(C::log2e), V(C::shift));
-  const V n = shifted - V(C::shift);
+  // With the exponent's bias in it, the low bits of `shifted` make 2^n as they are.
+  const V shift(C::shift + C::bias);
+  const V shifted = fma(x, V(sign * C::log2e), shift);
+  const V n = shifted - shift;
+  const V y = sign == 2 ? x + x : sign == 1 ? x : -x;
   const V r = fma(n, V(-C::ln2_low), fma(n, V(-C::ln2_high), y));
-  // The low bits of `shifted` hold n; as an exponent they make 2^n.
-  const V scale = V::from_bits((shifted.bits() + C::bias) << C::mantissa);
-  // expm1(r) = r + r^2 q(r), |r| <= 0.3466. float: the minimax q of degree 4, which adds at most
-  // 0.11 ULP; double: the Taylor series, whose first term left out is below 0.01 ULP.
-  V q;
-  if constexpr (sizeof(T) == 4) {
-    q = V(0.00138825202477f);
-    q = fma(q, r, V(0.00836652857153f));
-    q = fma(q, r, V(0.0416672001117f));
-    q = fma(q, r, V(0.166665435618f));
-    q = fma(q, r, V(0.499999981527f));
-  } else {
-    q = V(1.0 / 6227020800.0);
-    q = fma(q, r, V(1.0 / 479001600.0));
-    q = fma(q, r, V(1.0 / 39916800.0));
-    q = fma(q, r, V(1.0 / 3628800.0));
-    q = fma(q, r, V(1.0 / 362880.0));
-    q = fma(q, r, V(1.0 / 40320.0));
-    q = fma(q, r, V(1.0 / 5040.0));
-    q = fma(q, r, V(1.0 / 720.0));
-    q = fma(q, r, V(1.0 / 120.0));
-    q = fma(q, r, V(1.0 / 24.0));
-    q = fma(q, r, V(1.0 / 6.0));
-    q = fma(q, r, V(0.5));
-  }
-  return {scale, fma(r * r, q, r)};
+  const V scale = V::from_bits(shifted.bits() << C::mantissa);
+  const V r2 = r * r;
+  return {scale, fma(r2, polynomial<T>(r, r2), r)};
 }
 
 template <class T>
 FASTCELL_INLINE Vec<T> sigmoid(Vec<T> x) {
   using V = Vec<T>;
-  const V least(ExpConstants<T>::exp_least), most(ExpConstants<T>::exp_most);
-  const SplitExp<T> e = split_exp(max(least, min(most, -x)));  // NaN passes through
+  const V most(-ExpConstants<T>::exp_least), least(-ExpConstants<T>::exp_most);
+  const SplitExp<T> e = split_exp<T, -1>(max(least, min(most, x)));  // NaN passes through
   // scale may be infinite, where the result is 0: so no sum of two infinities here.
-  return quotient(V(1), V(1) + e.scale * (V(1) + e.p));
+  return quotient(V(1), fma(e.scale, V(1) + e.p, V(1)));
 }
 
 template <class T>
 FASTCELL_INLINE Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;
   const V limit(ExpConstants<T>::tanh_limit);
-  const typename V::Bits sign = x.bits() & V(T(-0.0)).bits();
-  V y = V::from_bits(x.bits() ^ sign);
-  y = y + y;
-  const SplitExp<T> e = split_exp(min(limit, y));
+  const typename V::Bits sign = V(T(-0.0)).bits();
+  const SplitExp<T> e = split_exp<T, 2>(min(limit, V::from_bits(x.bits() & ~sign)));
   const V expm1 = fma(e.scale, e.p, e.scale - V(1));
   const V magnitude = quotient(expm1, expm1 + V(2));
-  return V::from_bits(magnitude.bits() | sign);
+  return V::from_bits(magnitude.bits() | (x.bits() & sign));
 }
 
 // Zoneout's part of a state that stays, per unit: drawn by `key`, or without one the probability.

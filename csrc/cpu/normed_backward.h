@@ -315,11 +315,10 @@ class NormedBackward : NormedPass<T, CellOf> {
   }
 
   void gradient_of_input(Range rows) const {
-    multiply_rows(
+    multiply_rows<T>(
         input_panels(), buffers.x_panels, rows,
         [&](int64_t r) { return d_products(r, rows.begin); },
-        [&](int64_t r) { return out(gradients.d_x) + r * call.features; }, false,
-        static_cast<T*>(nullptr), team);
+        [&](int64_t r) { return out(gradients.d_x) + r * call.features; }, false, nullptr, team);
   }
 
   void gradients_of_weights(Range rows, bool begin, int& half) const {

@@ -97,10 +97,10 @@ class NormedForward : NormedPass<T, CellOf> {
   }
 
   void input_terms(Range rows) const {
-    multiply_rows(
+    multiply_rows<T>(
         input_panels(), buffers.x_panels, rows,
         [&](int64_t r) { return in(call.x) + r * call.features; },
-        [&](int64_t r) { return terms(r, rows.begin); }, false, static_cast<T*>(nullptr), team);
+        [&](int64_t r) { return terms(r, rows.begin); }, false, nullptr, team);
     team.sync();
     const Range mine = part(rows.end - rows.begin, team.index, team.size);
     for (int64_t r = rows.begin + mine.begin; r < rows.begin + mine.end; ++r) {

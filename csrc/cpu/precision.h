@@ -44,8 +44,9 @@ struct Exact {
   }
 
   static FASTCELL_INLINE void multiply(const T* const* a, T* const* c, int rows, const T* panel,
-                                       const T*, int vectors, int64_t depth, const T* init) {
-    multiply_panel<Plain<T>>(a, c, rows, panel, vectors, depth, Vec<T>::lanes, init);
+                                       const T*, int vectors, int64_t depth, const T* init,
+                                       const T* next) {
+    multiply_panel<Plain<T>>(a, c, rows, panel, vectors, depth, Vec<T>::lanes, init, next);
   }
 
   // One row by `panels` <= kAtOnce panels of one width that follow one another, as do their scales
@@ -247,14 +248,15 @@ struct BFloat16 {
 
   static FASTCELL_INLINE void multiply(const Element* const* a, float* const* c, int rows,
                                        const Element* panel, const float*, int vectors,
-                                       int64_t depth, const float* init) {
+                                       int64_t depth, const float* init, const Element* next) {
+    constexpr int lanes = Vec<float>::lanes;
 #if defined(__AVX512F__)
     if (bfloat16_dots) {
-      multiply_panel<BFloat16Dots>(a, c, rows, panel, vectors, depth, Vec<float>::lanes, init);
+      multiply_panel<BFloat16Dots>(a, c, rows, panel, vectors, depth, lanes, init, next);
       return;
     }
 #endif
-    multiply_panel<BFloat16Widened>(a, c, rows, panel, vectors, depth, Vec<float>::lanes, init);
+    multiply_panel<BFloat16Widened>(a, c, rows, panel, vectors, depth, lanes, init, next);
   }
 
   static FASTCELL_INLINE void multiply_one(const Element* a, float* const* c, int panels,
@@ -339,7 +341,7 @@ struct Int8 {
 
   static FASTCELL_INLINE void multiply(const Element* const* a, float* const* c, int rows,
                                        const Element* panel, const float* scales, int vectors,
-                                       int64_t depth, const float* init) {
+                                       int64_t depth, const float* init, const Element* next) {
     using V = Vec<float>;
     alignas(64) int32_t block[kRowBlock * kMaxVectors * V::lanes];
     alignas(64) static constexpr int32_t zeros[kMaxVectors * V::lanes] = {};
@@ -347,12 +349,12 @@ struct Int8 {
     for (int i = 0; i < rows; ++i) sums[i] = block + i * vectors * V::lanes;
 #if defined(__AVX512F__)
     if (int8_dots) {
-      multiply_panel<Int8Dots>(a, sums, rows, panel, vectors, depth, V::lanes, zeros);
+      multiply_panel<Int8Dots>(a, sums, rows, panel, vectors, depth, V::lanes, zeros, next);
     } else {
-      multiply_panel<Int8Widened>(a, sums, rows, panel, vectors, depth, V::lanes, zeros);
+      multiply_panel<Int8Widened>(a, sums, rows, panel, vectors, depth, V::lanes, zeros, next);
     }
 #else
-    multiply_panel<Int8Widened>(a, sums, rows, panel, vectors, depth, V::lanes, zeros);
+    multiply_panel<Int8Widened>(a, sums, rows, panel, vectors, depth, V::lanes, zeros, next);
 #endif
     for (int i = 0; i < rows; ++i) {
       const Head& of_row = head_of(a[i]);
@@ -372,7 +374,8 @@ struct Int8 {
                                            int64_t depth, const float* init) {
     const int64_t width = int64_t(vectors) * Vec<float>::lanes;
     for (int i = 0; i < panels; ++i, panel += depth * width * group, scales += width) {
-      multiply(&a, c + i, 1, panel, scales, vectors, depth, init ? init + i * width : nullptr);
+      multiply(&a, c + i, 1, panel, scales, vectors, depth, init ? init + i * width : nullptr,
+               nullptr);
     }
   }
 };

@@ -12,9 +12,9 @@ namespace fastcell::FASTCELL_ISA {
 // Blocks of rows outermost, then blocks of k: the weights stream past once per block of rows, while
 // the block's part of `a` and its sums stay in a core's own cache. `scratch`: kRowBlock rows of
 // panels.padded_units() for each thread, used where there is something to add to.
-template <class T, class ARow, class CRow>
-void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_row, CRow c_row,
-                   bool add, T* scratch, const Team& team) {
+template <class T>
+void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, OfRow<const T*> a_row,
+                   OfRow<T*> c_row, bool add, T* scratch, const Team& team) {
   using V = Vec<T>;
   constexpr int64_t kDepthBlock = 128;
   // Few rows: the columns are shared out instead.
@@ -50,8 +50,12 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, ARow a_
           c[i] = whole ? rows_of_c[i] + unit : block + i * vectors * V::lanes;
           if (!whole && k0 > 0) std::memcpy(c[i], rows_of_c[i] + unit, bytes);
         }
-        multiply_panel<Plain<T>>(a_block, c, n, packed + panels.offset(p) + k0 * vectors * V::lanes,
-                                 vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr);
+        const auto part_of = [&](int64_t panel, int64_t k) {
+          return packed + panels.offset(panel) + k * panels.vectors(panel) * V::lanes;
+        };
+        multiply_panel<Plain<T>>(
+            a_block, c, n, part_of(p, k0), vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr,
+            p + 1 < columns.end ? part_of(p + 1, k0) : part_of(columns.begin, k0 + depth));
         if (whole) continue;
         for (int i = 0; i < n; ++i) std::memcpy(rows_of_c[i] + unit, c[i], bytes);
       }
@@ -124,9 +128,9 @@ FASTCELL_INLINE void multiply_unpacked(const T* const* a, const T* w, int64_t st
 
 // multiply_rows() of few rows, straight from the weights (depth, units) as the caller has them: the
 // same chains, and so the same bits.
-template <class T, class ARow, class CRow>
-void multiply_few_rows(const T* w, int64_t units, int64_t depth, Range rows, ARow a_row, CRow c_row,
-                       bool add, const Team& team) {
+template <class T>
+void multiply_few_rows(const T* w, int64_t units, int64_t depth, Range rows, OfRow<const T*> a_row,
+                       OfRow<T*> c_row, bool add, const Team& team) {
   constexpr int64_t L = Vec<T>::lanes, kWide = 8, kNarrow = 2, kTogether = 4;
   const Range mine = part((units + kWide * L - 1) / (kWide * L), team.index, team.size);
   const int64_t last = mine.end * kWide * L < units ? mine.end * kWide * L : units;
@@ -292,21 +296,21 @@ class WeightGradient {
     for (int64_t p = 0; p < panel_count(n); ++p) {
       const int64_t left = n - p * kColumns;
       const bool full = left >= kColumns;
+      const T* const panel = b + p * depth * kColumns;
       for (int64_t i_tile = m0; i_tile < m1; ++i_tile) {
         const int64_t row = i_tile * kRows;
         const int count = int(m - row < kRows ? m - row : kRows);
         const T* a_tile = a + (i_tile - m0) * depth * kRows;
-        const T* a_rows[kRows];
         T* c[kRows];
         for (int i = 0; i < count; ++i) {
-          a_rows[i] = a_tile + i;
           T* const target = d_w + (row + i) * n + p * kColumns;
           c[i] = full && begin ? target : tile_store + i * kColumns;
           // d_w comes from afar, and is needed once the tile is done.
           for (int v = 0; v < kVectors && !begin; ++v) __builtin_prefetch(target + v * V::lanes, 1);
         }
         run_tile<Plain<T>, kRows>(count, kVectors,
-                                  {a_rows, 0, b + p * depth * kColumns, depth, c, V::lanes, zeros});
+                                  {&a_tile, 0, panel, depth, c, V::lanes, zeros,
+                                   reinterpret_cast<const char*>(panel), 0});
         if (full && begin) continue;
         for (int i = 0; i < count; ++i) {
           T* const target = d_w + (row + i) * n + p * kColumns;

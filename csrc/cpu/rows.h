@@ -19,6 +19,22 @@ struct Row {
   int64_t t, b, r;  // r: index in time-major order
 };
 
+// A function of a row's index, for code that is large, and need not be compiled for each such.
+template <class Result>
+class OfRow {
+ public:
+  template <class F>
+  OfRow(const F& f)
+      : function_(&f), call_([](const void* function, int64_t r) -> Result {
+          return (*static_cast<const F*>(function))(r);
+        }) {}
+  Result operator()(int64_t r) const { return call_(function_, r); }
+
+ private:
+  const void* function_;
+  Result (*call_)(const void*, int64_t);
+};
+
 // Calls f(rows, n) for blocks of at most kRowBlock of the rows with t in [t0, t1), b in [b0, b1).
 template <class F>
 FASTCELL_INLINE void for_row_blocks(const Timeline& time, int64_t t0, int64_t t1, int64_t b0,

@@ -36,12 +36,15 @@ constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
+// `in_memory` reads what is there whatever it was written as; `stored` writes numbers of its type:
+// the compiler need not expect that a store changes a pointer or a size.
 template <class T>
 struct Raw;
 template <>
 struct Raw<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float in_memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef float stored __attribute__((vector_size(kVectorBytes), aligned(4)));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t counters __attribute__((vector_size(kVectorBytes)));  // one per lane
 };
@@ -49,6 +52,7 @@ template <>
 struct Raw<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef double in_memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef double stored __attribute__((vector_size(kVectorBytes), aligned(8)));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t counters __attribute__((vector_size(kVectorBytes / 2)));
 };
@@ -56,6 +60,7 @@ template <>
 struct Raw<int32_t> {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));
   typedef int32_t in_memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t stored __attribute__((vector_size(kVectorBytes), aligned(4)));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
 };
 
@@ -83,7 +88,7 @@ struct Vec {
   static FASTCELL_INLINE Vec load(const T* p) {
     return Vec(typename Raw<T>::type(*reinterpret_cast<const typename Raw<T>::in_memory*>(p)));
   }
-  FASTCELL_INLINE void store(T* p) const { *reinterpret_cast<typename Raw<T>::in_memory*>(p) = v; }
+  FASTCELL_INLINE void store(T* p) const { *reinterpret_cast<typename Raw<T>::stored*>(p) = v; }
   FASTCELL_INLINE Bits bits() const { return reinterpret_cast<Bits>(v); }
   static FASTCELL_INLINE Vec from_bits(Bits b) {
     return Vec(reinterpret_cast<typename Raw<T>::type>(b));

@@ -41,15 +41,21 @@ struct TileArgs {
   using Element = typename P::Element;
   using Sum = typename P::Sum;
 
-  const Element* const*
-      a;  // one pointer per row, group k at a[row][(a_offset + k * a_step) * group]
+  // One pointer per row, whose group k lies at a[row][(a_offset + k) * group]; of rows side by side
+  // one pointer for all: group k of row r at (*a)[a_offset + k * AStep + r].
+  const Element* const* a;
   int64_t a_offset;
   const Element* panel;  // [k][N vectors][group]
   int64_t k;             // groups
   Sum* const* c;         // one pointer per row
   int64_t c_step;        // elements from one vector of a row of c to the next
-  const Sum* init;  // what the sums are added to: [N vectors] for all rows, or null for c itself
+  const Sum* init;     // what the sums are added to: [N vectors] for all rows, or null for c itself
+  const char* ahead;   // what to read into cache meanwhile:
+  int64_t ahead_step;  // so many bytes further for each group
 };
+
+// Tiles that have registers left for reading ahead; lower ones have no time for it.
+constexpr bool reads_ahead(int rows) { return rows > 2 && rows <= 8; }
 
 // One chain: c += a times the panel, or init + that.
 template <class P, int R, int N, int AStep>
@@ -58,7 +64,9 @@ void tile(const TileArgs<P>& t) {
   V acc[R][N];
   const typename P::Element* a[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) a[r] = t.a[r] + t.a_offset * P::group;
+  for (int r = 0; r < R; ++r) {
+    a[r] = (AStep > 1 ? t.a[0] + r : t.a[r]) + t.a_offset * P::group;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -66,7 +74,13 @@ void tile(const TileArgs<P>& t) {
   }
   const typename P::Element* panel = t.panel;
   const int64_t count = t.k;
+  const char* ahead = t.ahead;
+  const int64_t ahead_step = t.ahead_step;
   for (int64_t k = 0; k < count; ++k, panel += N * V::lanes * P::group) {
+    if constexpr (reads_ahead(R)) {
+      __builtin_prefetch(ahead);
+      ahead += ahead_step;
+    }
 #pragma GCC unroll 4
     for (int part = 0; part < P::parts; ++part) {
       typename P::Columns columns[N];
@@ -82,13 +96,19 @@ void tile(const TileArgs<P>& t) {
       }
     }
   }
-  const int64_t init_step = t.init ? V::lanes : t.c_step;
+  typename P::Sum* c[R];
+  const typename P::Sum* from[R];
+  const int64_t c_step = t.c_step, from_step = t.init ? V::lanes : c_step;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const auto* const from = t.init ? t.init : t.c[r];
+    c[r] = t.c[r];
+    from[r] = t.init ? t.init : c[r];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      (V::load(from + n * init_step) + acc[r][n]).store(t.c[r] + n * t.c_step);
+      (V::load(from[r] + n * from_step) + acc[r][n]).store(c[r] + n * c_step);
     }
   }
 }
@@ -114,23 +134,38 @@ constexpr int64_t kChain = 128;
 // Rows that pass over one panel together. Their sums must stay in cache between chains.
 constexpr int kRowBlock = 96;
 
+constexpr int64_t kCacheLine = 64;
+
 // c[row] (+)= a[row] times a whole panel, for up to kRowBlock rows, chain by chain. `depth` is in
-// groups.
+// groups. `next`: what the caller goes on with, by default what lies behind the panel.
+//
+// While a chain's tiles work, they read the panel's part of the next chain into the nearest cache:
+// the first of its tiles would wait for it, where the weights do not fit in a core's own caches.
+// (One copy for all callers: it holds all tiles, and a call is nothing beside them.)
 template <class P>
-FASTCELL_INLINE void multiply_panel(const typename P::Element* const* a, typename P::Sum* const* c,
+FASTCELL_CALLED void multiply_panel(const typename P::Element* const* a, typename P::Sum* const* c,
                                     int rows, const typename P::Element* panel, int vectors,
-                                    int64_t depth, int64_t c_step, const typename P::Sum* init) {
+                                    int64_t depth, int64_t c_step, const typename P::Sum* init,
+                                    const typename P::Element* next = nullptr) {
   const int rows_each = tile_rows(vectors);
   const int tiles = (rows + rows_each - 1) / rows_each;
+  // As many tiles as read it all, a line for each group of theirs.
+  const int reading = (vectors * kVectorBytes + kCacheLine - 1) / kCacheLine;
+  const int64_t group_size = vectors * Vec<typename P::Sum>::lanes * P::group;
   int64_t k = 0;
   do {
     const int64_t count = depth - k < kChain ? depth - k : kChain;
+    const auto* const part = panel + k * group_size;
+    const auto* const following = k + count < depth || !next ? part + count * group_size : next;
+    const char* const ahead = reinterpret_cast<const char*>(following);
     // Tiles of nearly equal height: a low one would wait for the panel, not for its sums.
     for (int i = 0, r = 0; i < tiles; ++i) {
       const int n = (rows - r + tiles - i - 1) / (tiles - i);
+      const bool reads = tiles >= reading && i < reading;
       run_tile<P, 1>(n, vectors,
-                     {a + r, k, panel + k * vectors * Vec<typename P::Sum>::lanes * P::group, count,
-                      c + r, c_step, k == 0 ? init : nullptr});
+                     {a + r, k, part, count, c + r, c_step, k == 0 ? init : nullptr,
+                      reads ? ahead + i * count * kCacheLine : reinterpret_cast<const char*>(part),
+                      reads ? kCacheLine : 0});
       r += n;
     }
     k += count;

@@ -609,7 +609,7 @@ class TreeBackward {
   void gradient_of_input() const {
     // (Nothing is added to, so that the scratch memory is not used.)
     T* const d_x = static_cast<T*>(out.d_x);
-    multiply_rows(
+    multiply_rows<T>(
         over_x(s), buffers.x_weights, Range{0, forest.nodes},
         [&](int64_t r) -> const T* { return d_own(forest.order[r], 0); },
         [&](int64_t r) { return d_x + forest.order[r] * s.I; }, false, buffers.zeros, team);
