@@ -301,7 +301,7 @@ class WeightGradient {
         const int64_t row = i_tile * kRows;
         const int count = int(m - row < kRows ? m - row : kRows);
         const T* a_tile = a + (i_tile - m0) * depth * kRows;
-        T* c[kRows];
+        T* c[kRows] = {};
         for (int i = 0; i < count; ++i) {
           T* const target = d_w + (row + i) * n + p * kColumns;
           c[i] = full && begin ? target : tile_store + i * kColumns;
