@@ -134,6 +134,12 @@ def results(run: Callable[[], Any], leaves: Sequence[Tensor]) -> list[Tensor]:
     return [output, *states, *torch.autograd.grad(total, leaves)]
 
 
+def assert_alike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """To rounding, of sums of numbers as large as the largest."""
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, b.abs().max().item()))
+
+
 def assert_within_policy(
     found: Sequence[Tensor],
     wanted: Sequence[Tensor],

@@ -20,6 +20,7 @@ from option_cases import (
     PLAIN,
     ByReference,
     allowed,
+    assert_alike,
     assert_within_policy,
     extras_for,
     given,
@@ -27,12 +28,6 @@ from option_cases import (
     results,
     tensors,
 )
-
-
-def assert_alike(found, wanted):
-    """To rounding, of sums of numbers as large as the largest."""
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("which", EXTRAS, ids=lambda w: "+".join(w) or "none")

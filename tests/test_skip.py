@@ -19,18 +19,13 @@ from option_cases import (
     PLAIN,
     STEPS,
     allowed,
+    assert_alike,
     extras_for,
     given,
     input_for,
     results,
     tensors,
 )
-
-
-def assert_alike(found, wanted):
-    """To rounding, of sums of numbers as large as the largest."""
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
 # --- against the reference ------------------------------------------------------------------------
