@@ -27,7 +27,6 @@ from option_cases import (
     tensors,
 )
 
-
 # --- against the reference ------------------------------------------------------------------------
 
 LAYERS = {
