@@ -21,18 +21,18 @@ struct PackedDirection {
 
   Panels<T> x, h, second, r, skip;  // depths in groups
   Element *x_weights, *h_weights, *second_weights, *r_weights, *skip_weights;
-  T* x_bias;  // [block][slot][lane]: b_ih, with b_hh for the gates whose two terms are joined
+  T* x_bias;  // [panel][column]: b_ih, with b_hh for the gates whose two terms are joined
   T* h_bias;  // [block][apart][lane]: b_hh of the others
   T *x_scales, *h_scales, *r_scales;  // [block][slot][lane], where the precision has them
   T* parameters;                      // [block][parameter][lane]
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
-      : x{Cell::gates, s.hidden, groups(s.layer_input(layer))},
+      : x{Cell::gates, s.hidden, groups(s.layer_input(layer)), kMaxVectors, compact(s)},
         h{Cell::gates - Cell::second, s.hidden, Cell::recurrent ? groups(s.output) : 0,
-          x.blocks_each()},
+          x.blocks_each(), compact(s)},
         second{1, Cell::second > 0 ? s.hidden : 0, groups(s.output)},
         r{1, s.projected ? s.output : 0, groups(s.hidden)},
-        skip{Cell::gates, s.hidden, s.delay > 0 ? groups(s.output) : 0} {
+        skip{Cell::gates, s.hidden, s.delay > 0 ? groups(s.output) : 0, kMaxVectors, compact(s)} {
     x_weights = arena.take<Element>(x.size() * Precision::group);
     h_weights = arena.take<Element>(h.size() * Precision::group);
     second_weights = arena.take<Element>(second.size() * Precision::group);
@@ -45,6 +45,12 @@ struct PackedDirection {
     h_scales = arena.take<T>(scaled * h.padded_units() * Cell::gates);
     r_scales = arena.take<T>(scaled * r.padded_units());
     parameters = arena.take<T>(x.padded_units() * Cell::parameters);
+  }
+
+  // Where all products cover the same gates, column by column: what lies behind a gate kept apart
+  // is then written once, before that gate.
+  static constexpr bool compact(const Stack& s) {
+    return Precision::group == 1 && Cell::second == 0 && (Cell::apart == 0 || s.delay == 0);
   }
 
   static constexpr int64_t groups(int64_t depth) {
@@ -149,18 +155,20 @@ struct Packing {
     const T* b_ih = s.bias ? static_cast<const T*>(weights[2]) : nullptr;
     const T* b_hh = s.bias ? static_cast<const T*>(weights[3]) : nullptr;
     constexpr int joined = Slots<Cell>::joined;
-    for (int64_t unit = 0; unit < to.x.padded_units(); ++unit) {
+    std::memset(to.x_bias, 0, to.x.padded_units() * Cell::gates * sizeof(T));
+    std::memset(to.h_bias, 0, to.x.padded_units() * Cell::apart * sizeof(T));
+    for (int64_t unit = 0; s.bias && unit < s.hidden; ++unit) {
       const int64_t block = unit / V::lanes, lane = unit % V::lanes;
-      const bool valid = s.bias && unit < s.hidden;
+      const int gate_width = to.x.gate_width(unit / to.x.units_each());
       for (int slot = 0; slot < Cell::gates; ++slot) {
         const int g = Slots<Cell>::gate_of(slot);
-        T value = valid ? b_ih[g * s.hidden + unit] : T(0);
-        if (valid && g < joined) value += b_hh[g * s.hidden + unit];
-        to.x_bias[(block * Cell::gates + slot) * V::lanes + lane] = value;
+        T value = b_ih[g * s.hidden + unit];
+        if (g < joined) value += b_hh[g * s.hidden + unit];
+        to.x_bias[block * Cell::gates * V::lanes + slot * gate_width + lane] = value;
       }
       for (int a = 0; a < Cell::apart; ++a) {
         to.h_bias[(block * Cell::apart + a) * V::lanes + lane] =
-            valid ? b_hh[(joined + a) * s.hidden + unit] : T(0);
+            b_hh[(joined + a) * s.hidden + unit];
       }
     }
   }
@@ -701,12 +709,18 @@ class Forward {
   FASTCELL_INLINE void begin_sums(int64_t p, const Element* const* a, T* const* to, int n,
                                   const Element* next) const {
     const int64_t unit = w.x.first_unit(p);
-    for (int i = 0; i < A; ++i) {
-      const V bias = V::load(w.h_bias + unit * A + i * lanes);
-      for (int row = 0; row < n; ++row) bias.store(to[row] + (G + i) * lanes);
-    }
     Precision::multiply(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
                         w.x.vectors(p), w.x.depth, w.x_bias + unit * G, next);
+    begin_apart(p, to, n);
+  }
+
+  // The recurrent terms' sums where the two stay apart: after the input's product, which may have
+  // written there.
+  FASTCELL_INLINE void begin_apart(int64_t p, T* const* to, int n) const {
+    for (int i = 0; i < A; ++i) {
+      const V bias = V::load(w.h_bias + w.x.first_unit(p) * A + i * lanes);
+      for (int row = 0; row < n; ++row) bias.store(to[row] + (G + i) * w.x.gate_width(p));
+    }
   }
 
   // The same of one step of one sample.
@@ -716,14 +730,10 @@ class Forward {
     for_panels(false, [&](int64_t p, int n) {
       const int64_t unit = w.x.first_unit(p);
       T* to[kAtOnce];
-      for (int i = 0; i < n; ++i) {
-        to[i] = sums_row(p + i, r);
-        for (int j = 0; j < A; ++j) {
-          V::load(w.h_bias + w.x.first_unit(p + i) * A + j * lanes).store(to[i] + (G + j) * lanes);
-        }
-      }
+      for (int i = 0; i < n; ++i) to[i] = sums_row(p + i, r);
       Precision::multiply_one(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
                               w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
+      for (int i = 0; i < n; ++i) begin_apart(p + i, to + i, 1);
     });
   }
 
@@ -737,7 +747,7 @@ class Forward {
       T* to[kAtOnce];
       for (int i = 0; i < n; ++i) {
         sums[i] = sums_row(p + i, r);
-        to[i] = sums[i] + A * lanes;
+        to[i] = sums[i] + A * w.h.gate_width(p);
       }
       if (s.delay > 0) {
         for (int i = 0; i < n; ++i) add_delayed(p + i, rows.t, rows.b, 1, sums + i, h_delayed);
@@ -757,9 +767,9 @@ class Forward {
     for (int i = 0; i < w.h.blocks(p); ++i, from += (G + A) * lanes) {
       const int64_t unit = w.h.first_unit(p) + i * lanes;
       if (s.hidden - unit >= lanes) {
-        finish(unit, lanes, from, width, rows, h_before, h_after);
+        finish(unit, lanes, from, lanes, width, rows, h_before, h_after);
       } else {
-        finish(unit, int(s.hidden - unit), from, width, rows, h_before, h_after);
+        finish(unit, int(s.hidden - unit), from, w.h.gate_width(p), width, rows, h_before, h_after);
       }
     }
   }
@@ -800,7 +810,7 @@ class Forward {
         T* const sums_begin = to[0];
         for (int i = 0; i < n; ++i) {
           a[i] = h_row(h_before, b + i, first + b + i);
-          to[i] += A * lanes;
+          to[i] += A * w.h.gate_width(p);
         }
         if constexpr (Cell::recurrent) {
           Precision::multiply(a, to, n, own, w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p),
@@ -834,9 +844,9 @@ class Forward {
     }
   }
 
-  // The cell's maths for some samples and one block of units. Inlined twice: for a whole block,
-  // `valid` is a constant.
-  FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int64_t width,
+  // The cell's maths for some samples and one block of units, whose sums' gates are `gate_width`
+  // columns apart. Inlined twice: for a whole block that and `valid` are constants.
+  FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int gate_width, int64_t width,
                               const Rows& rows, const T* h_before, T* h_after) {
     if constexpr (Cell::second > 0) return finish_first(unit, from, width, rows, h_before);
     V p[Cell::parameters + Cell::held + 1];
@@ -846,10 +856,10 @@ class Forward {
     for (int row = 0; row < rows.n; ++row, from += width) {
       const int64_t b = rows.b + row, r = rows.first + b;
       V a[G + A + Cell::second];
-      for (int g = 0; g < joined; ++g) a[g] = V::load(from + (A + g) * lanes);
+      for (int g = 0; g < joined; ++g) a[g] = V::load(from + (A + g) * gate_width);
       for (int g = 0; g < A; ++g) {
-        a[joined + g] = V::load(from + g * lanes);
-        a[G + g] = V::load(from + (G + g) * lanes);
+        a[joined + g] = V::load(from + g * gate_width);
+        a[G + g] = V::load(from + (G + g) * gate_width);
       }
       finish_row(unit, valid, a, p, rows.t, b, r, b >= rows.alive_next, h_before, h_after);
     }

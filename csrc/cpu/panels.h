@@ -2,6 +2,9 @@
 //
 // A panel interleaves the gates of one block of hidden units, so that the thread that computes a
 // panel holds every gate of those units and finishes their state while it is in cache.
+//
+// For the last panel few units may be left. Then its gates follow one another closely, in fewer
+// vectors, instead of having a vector each.
 #pragma once
 
 #include "team.h"
@@ -16,6 +19,7 @@ struct Panels {
   int64_t units;  // e.g. hidden units
   int64_t depth;  // k
   int most_blocks = kMaxVectors;
+  bool compact = false;  // the last panel, where that takes fewer vectors
 
   // Unit blocks (of `lanes` units) per full panel.
   int blocks_each() const {
@@ -29,7 +33,18 @@ struct Panels {
     const int64_t left = (units - first_unit(p) + lanes - 1) / lanes;
     return left < blocks_each() ? int(left) : blocks_each();
   }
-  int vectors(int64_t p) const { return gates * blocks(p); }
+  // Whether p's gates follow one another closely. Not of few units: a step of one sample soon reads
+  // what it has just written, which is quick by the same vectors alone.
+  bool close(int64_t p) const {
+    const int64_t left = units - first_unit(p);
+    return compact && blocks_each() == 1 && units > 2 * lanes && left < lanes &&
+           gates * left <= (gates - 1) * lanes;
+  }
+  // Columns from one gate of a block to the next.
+  int gate_width(int64_t p) const { return close(p) ? int(units - first_unit(p)) : lanes; }
+  int vectors(int64_t p) const {
+    return close(p) ? (gates * gate_width(p) + lanes - 1) / lanes : gates * blocks(p);
+  }
   int rows_each() const { return tile_rows(gates * blocks_each()); }
   bool full(int64_t p) const { return first_unit(p) + int64_t(blocks(p)) * lanes <= units; }
   int64_t offset(int64_t p) const { return p * units_each() * gates * depth; }
@@ -76,14 +91,16 @@ void pack_transposed(const Panels<T>& panels, const T* source, T* packed, Range 
   constexpr int L = V::lanes;
   const int64_t depth = panels.depth;
   for (int64_t p = which.begin; p < which.end; ++p) {
-    const int64_t width = int64_t(panels.vectors(p)) * L;
+    const int64_t width = int64_t(panels.vectors(p)) * L, gate_width = panels.gate_width(p);
+    const int stored = int(gate_width);  // padding behind a gate, but not over the next one
+    if (panels.close(p)) std::memset(packed + panels.offset(p), 0, width * depth * sizeof(T));
     for (int block = 0; block < panels.blocks(p); ++block) {
       const int64_t unit = panels.first_unit(p) + block * L;
       const int valid = int(panels.units - unit < L ? panels.units - unit : L);
       for (int slot = 0; slot < panels.gates; ++slot) {
         const int gate = (first_gate + slot) % panels.gates;
         const T* rows = source + (gate * panels.units + unit) * depth;
-        T* to = packed + panels.offset(p) + (block * panels.gates + slot) * L;
+        T* to = packed + panels.offset(p) + (block * panels.gates + slot) * gate_width;
         for (int64_t k = 0; k < depth; k += L) {
           const int count = int(depth - k < L ? depth - k : L);
           V square[L];
@@ -92,7 +109,7 @@ void pack_transposed(const Panels<T>& panels, const T* source, T* packed, Range 
             square[i] = i < valid ? load_first(rows + i * depth + k, count) : V(0);
           }
           transpose<T>(square);
-          for (int i = 0; i < count; ++i) square[i].store(to + (k + i) * width);
+          for (int i = 0; i < count; ++i) store_first(to + (k + i) * width, square[i], stored);
         }
       }
     }
