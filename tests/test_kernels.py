@@ -107,6 +107,16 @@ def test_compact(case):
     check(case)
 
 
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("units", range(1, 16))
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_last_panel(cell, units, batch):
+    """Whose gates lie closely where few units are left for it, for any width of the vectors."""
+    more = 3 if cell == "gru" else 1  # from there on
+    check(Case(cell, F32, 1, units % 2 == 0, T=4, B=batch, I=5, H=32 * more + units))
+    check(Case(cell, F64, 1, units % 2 == 1, T=4, B=batch, I=5, H=16 * more + units))
+
+
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case):
     check(case)

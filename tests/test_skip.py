@@ -131,6 +131,18 @@ def test_as_the_reference(name, beside, bidirectional, resets, form, recompute):
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize("name", LAYERS)
+def test_units_behind_whole_vectors(name, beside):
+    """Few units in the last panel of a layer, which has a layout of its own then."""
+    for hidden in (18, 19, 23, 35):
+        torch.manual_seed(0)
+        layer = LAYERS[name](3, hidden, skip=2, skip_beside=beside).double().eval()
+        states = states_for(layer, 3)
+        x = torch.randn(6, 3, 3, dtype=torch.float64, requires_grad=True)
+        assert_alike(outcome(layer, x, states), by_reference(layer, x, states))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_as_functions(name, beside):
     layer = LAYERS[name](3, 5, 2, skip=3, skip_beside=beside, bidirectional=True).double().eval()
     x, states = torch.randn(7, 4, 3).double(), states_for(layer, 4)

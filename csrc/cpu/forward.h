@@ -27,12 +27,13 @@ struct PackedDirection {
   T* parameters;                      // [block][parameter][lane]
 
   PackedDirection(const Stack& s, int layer, Arena& arena)
-      : x{Cell::gates, s.hidden, groups(s.layer_input(layer)), kMaxVectors, compact(s)},
+      : x{Cell::gates, s.hidden, groups(s.layer_input(layer)), kMaxVectors, compact_above(s)},
         h{Cell::gates - Cell::second, s.hidden, Cell::recurrent ? groups(s.output) : 0,
-          x.blocks_each(), compact(s)},
+          x.blocks_each(), compact_above(s)},
         second{1, Cell::second > 0 ? s.hidden : 0, groups(s.output)},
         r{1, s.projected ? s.output : 0, groups(s.hidden)},
-        skip{Cell::gates, s.hidden, s.delay > 0 ? groups(s.output) : 0, kMaxVectors, compact(s)} {
+        skip{Cell::gates, s.hidden, s.delay > 0 ? groups(s.output) : 0, kMaxVectors,
+             compact_above(s)} {
     x_weights = arena.take<Element>(x.size() * Precision::group);
     h_weights = arena.take<Element>(h.size() * Precision::group);
     second_weights = arena.take<Element>(second.size() * Precision::group);
@@ -47,10 +48,13 @@ struct PackedDirection {
     parameters = arena.take<T>(x.padded_units() * Cell::parameters);
   }
 
-  // Where all products cover the same gates, column by column: what lies behind a gate kept apart
-  // is then written once, before that gate.
-  static constexpr bool compact(const Stack& s) {
-    return Precision::group == 1 && Cell::second == 0 && (Cell::apart == 0 || s.delay == 0);
+  // Not of few units: a step of one sample soon reads what it has just written, and that is quick
+  // by the same vectors alone. Only where all products cover the same gates, column by column: what
+  // lies behind a gate kept apart is written before that gate, once.
+  static constexpr int64_t compact_above(const Stack& s) {
+    constexpr bool aligned = Precision::group == 1 && Cell::second == 0;
+    if (!aligned || (Cell::apart > 0 && s.delay > 0)) return INT64_MAX;
+    return (Cell::apart > 0 ? 6 : 2) * Panels<T>::lanes;
   }
 
   static constexpr int64_t groups(int64_t depth) {
@@ -665,15 +669,16 @@ class Forward {
   // Whether a step is one sample: then panels go several at a time.
   bool one_sample() const { return place.b1 - place.b0 == 1; }
 
-  // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, in the order of
-  // Share::for_each.
+  // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, nearly in the
+  // order of Share::for_each: a last panel that is narrower comes first, since it comes alone, and
+  // its gates then overlap the other panels' sums.
   template <class F>
   FASTCELL_INLINE void for_panels(bool backwards, F f) const {
     const Share share = this->share();  // one tile of rows: a unit is a panel
     if (share.begin >= share.end) return;
     const bool narrow = w.h.vectors(share.end - 1) < w.h.vectors(0);  // the last may be
     const int64_t end = share.end - narrow;
-    if (backwards && narrow) f(end, 1);
+    if (narrow) f(end, 1);
     // As many each, nearly: the last ones would be alone.
     const int64_t count = end - share.begin, turns = (count + kAtOnce - 1) / kAtOnce;
     const int64_t each = turns > 1 ? (count + turns - 1) / turns : count;
@@ -681,7 +686,6 @@ class Forward {
       n = count - done < each ? count - done : each;
       f(backwards ? end - done - n : share.begin + done, int(n));
     }
-    if (!backwards && narrow) f(end, 1);
   }
 
   // Input projections of the steps [t0, t1) into the buffer.

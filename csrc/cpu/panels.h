@@ -19,7 +19,7 @@ struct Panels {
   int64_t units;  // e.g. hidden units
   int64_t depth;  // k
   int most_blocks = kMaxVectors;
-  bool compact = false;  // the last panel, where that takes fewer vectors
+  int64_t compact_above = INT64_MAX;  // units from which on the last panel may be made so
 
   // Unit blocks (of `lanes` units) per full panel.
   int blocks_each() const {
@@ -33,11 +33,10 @@ struct Panels {
     const int64_t left = (units - first_unit(p) + lanes - 1) / lanes;
     return left < blocks_each() ? int(left) : blocks_each();
   }
-  // Whether p's gates follow one another closely. Not of few units: a step of one sample soon reads
-  // what it has just written, which is quick by the same vectors alone.
+  // Whether p's gates follow one another closely, which saves a vector at least.
   bool close(int64_t p) const {
     const int64_t left = units - first_unit(p);
-    return compact && blocks_each() == 1 && units > 2 * lanes && left < lanes &&
+    return units > compact_above && blocks_each() == 1 && left < lanes &&
            gates * left <= (gates - 1) * lanes;
   }
   // Columns from one gate of a block to the next.
