@@ -107,7 +107,7 @@ def test_compact(case):
     check(case)
 
 
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("batch", [1, 7, 20])
 @pytest.mark.parametrize("units", range(1, 16))
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_last_panel(cell, units, batch):

@@ -49,8 +49,9 @@ struct PackedDirection {
   }
 
   // Not of few units: a step of one sample soon reads what it has just written, and that is quick
-  // by the same vectors alone. Only where all products cover the same gates, column by column: what
-  // lies behind a gate kept apart is written before that gate, once.
+  // by the same vectors alone (measured at 40 to 130 units: docs/engine-cpu.md). Only where all
+  // products cover the same gates, column by column. And not where a third product's padding would
+  // add its zeros, times an h that may be infinite, to a gate that is kept apart.
   static constexpr int64_t compact_above(const Stack& s) {
     constexpr bool aligned = Precision::group == 1 && Cell::second == 0;
     if (!aligned || (Cell::apart > 0 && s.delay > 0)) return INT64_MAX;
@@ -68,8 +69,9 @@ struct PackedDirection {
 };
 
 // The sums of one row and unit block: [input terms of the gates apart][joined gates][recurrent
-// terms of the gates apart]. The input product fills the first `gates` vectors, the recurrent
-// product adds to the last `gates`. So the input weights' slots hold the gates apart first.
+// terms of the gates apart], each a vector, or `gate_width` columns of a panel whose gates are
+// close. The input product fills the first `gates` of them, the recurrent product adds to the last
+// `gates`. So the input weights' slots hold the gates apart first.
 template <class Cell>
 struct Slots {
   static constexpr int apart = Cell::apart;
@@ -795,10 +797,11 @@ class Forward {
       if (b1 > alive) b1 = alive;
       const int64_t width = w.h.blocks(p) * (G + A) * lanes;
       const Element* const own = Packed::panel(w.h, w.h_weights, p);
-      const Element* const next = first_weights(after(p, backwards));
       alignas(64) T block[kRowBlock * kMaxVectors * lanes];
       for (int64_t b = b0; b < b1; b += kRowBlock) {
         const int n = int(b1 - b < kRowBlock ? b1 - b : kRowBlock);
+        const bool again = b + n < b1;  // the same panel for other samples
+        const Element* const next = first_weights(again ? p : after(share, p, backwards));
         const Element* a[kRowBlock];
         T* to[kRowBlock];
         if (hoisted) {
@@ -825,10 +828,10 @@ class Forward {
     });
   }
 
-  // The panel that a step takes after p; after its last one the next step goes back over them.
-  int64_t after(int64_t p, bool backwards) const {
-    if (backwards) return p > 0 ? p - 1 : p;
-    return p + 1 < w.h.count() ? p + 1 : p;
+  // The panel that this thread takes after p; after its last one the next step goes back over them.
+  static int64_t after(const Share& share, int64_t p, bool backwards) {
+    if (backwards) return p > share.begin / share.tiles ? p - 1 : p;
+    return p < (share.end - 1) / share.tiles ? p + 1 : p;
   }
 
   // What a step reads first of its weights for panel p.
@@ -849,7 +852,8 @@ class Forward {
   }
 
   // The cell's maths for some samples and one block of units, whose sums' gates are `gate_width`
-  // columns apart. Inlined twice: for a whole block that and `valid` are constants.
+  // columns apart. Inlined twice: for a whole block that and `valid` are constants. (Behind `valid`
+  // lanes are numbers without meaning, in h, c and m, too.)
   FASTCELL_INLINE void finish(int64_t unit, int valid, const T* from, int gate_width, int64_t width,
                               const Rows& rows, const T* h_before, T* h_after) {
     if constexpr (Cell::second > 0) return finish_first(unit, from, width, rows, h_before);

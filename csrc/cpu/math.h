@@ -86,16 +86,16 @@ struct SplitExp {
   Vec<T> scale, p;
 };
 
-// Of y = sign x, sign = 1, -1 or 2 (by which multiplying is exact).
-template <class T, int sign>
+// Of y = factor x, factor = -1 or 2 (by which multiplying is exact).
+template <class T, int factor>
 FASTCELL_INLINE SplitExp<T> split_exp(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
   // With the exponent's bias in it, the low bits of `shifted` make 2^n as they are.
   const V shift(C::shift + C::bias);
-  const V shifted = fma(x, V(sign * C::log2e), shift);
+  const V shifted = fma(x, V(factor * C::log2e), shift);
   const V n = shifted - shift;
-  const V y = sign == 2 ? x + x : sign == 1 ? x : -x;
+  const V y = factor == 2 ? x + x : -x;
   const V r = fma(n, V(-C::ln2_low), fma(n, V(-C::ln2_high), y));
   const V scale = V::from_bits(shifted.bits() << C::mantissa);
   const V r2 = r * r;

@@ -19,7 +19,7 @@ struct Panels {
   int64_t units;  // e.g. hidden units
   int64_t depth;  // k
   int most_blocks = kMaxVectors;
-  int64_t compact_above = INT64_MAX;  // units from which on the last panel may be made so
+  int64_t compact_above = INT64_MAX;  // units above which the last panel may be made so
 
   // Unit blocks (of `lanes` units) per full panel.
   int blocks_each() const {

@@ -55,7 +55,9 @@ void multiply_rows(const Panels<T>& panels, const T* packed, Range rows, OfRow<c
         };
         multiply_panel<Plain<T>>(
             a_block, c, n, part_of(p, k0), vectors, depth, V::lanes, k0 == 0 ? zeros : nullptr,
-            p + 1 < columns.end ? part_of(p + 1, k0) : part_of(columns.begin, k0 + depth));
+            p + 1 < columns.end
+                ? part_of(p + 1, k0)
+                : part_of(columns.begin, k0 + depth < panels.depth ? k0 + depth : 0));
         if (whole) continue;
         for (int i = 0; i < n; ++i) std::memcpy(rows_of_c[i] + unit, c[i], bytes);
       }

@@ -19,7 +19,8 @@ struct Row {
   int64_t t, b, r;  // r: index in time-major order
 };
 
-// A function of a row's index, for code that is large, and need not be compiled for each such.
+// A function of a row's index, for code that is large, and need not be compiled for each such. It
+// points to the function, which must outlive it.
 template <class Result>
 class OfRow {
  public:
