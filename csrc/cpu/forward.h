@@ -49,9 +49,9 @@ struct PackedDirection {
   }
 
   // Not of few units: a step of one sample soon reads what it has just written, and that is quick
-  // by the same vectors alone (measured at 40 to 130 units: docs/engine-cpu.md). Only where all
-  // products cover the same gates, column by column. And not where a third product's padding would
-  // add its zeros, times an h that may be infinite, to a gate that is kept apart.
+  // by the same vectors alone. Only where all products cover the same gates, column by column. And
+  // not where a third product's padding would add its zeros, times an h that may be infinite, to a
+  // gate that is kept apart.
   static constexpr int64_t compact_above(const Stack& s) {
     constexpr bool aligned = Precision::group == 1 && Cell::second == 0;
     if (!aligned || (Cell::apart > 0 && s.delay > 0)) return INT64_MAX;
@@ -847,7 +847,8 @@ class Forward {
     const int64_t end = place.b1 < time.alive(t) ? place.b1 : time.alive(t);
     for (int64_t b = place.b0; b < end; ++b) {
       const char* row = x.at(t, b, time.first(t) + b);
-      for (int64_t k = columns.begin; k < columns.end; k += 64) __builtin_prefetch(row + k, 0, 2);
+      for (int64_t k = columns.begin; k < columns.end; k += kCacheLine)
+        __builtin_prefetch(row + k, 0, 2);
     }
   }
 
