@@ -379,3 +379,29 @@ def test_trees_against_loops(tmp_path, capsys):
     for wrong in ("forest:1:2:3:4", "chain:1:2:3", "chain:1:2:3:x"):
         with pytest.raises(SystemExit):
             trees.main(["--shape", wrong])
+
+
+def test_steps_against_torch(tmp_path, capsys):
+    from fastcell_bench import steps
+
+    out = tmp_path / "steps.json"
+    options = ["--blocks", "1", "--min-time", "0.001", "--json", str(out)]
+    cases = [arg for m in steps.MODULES for arg in ("--case", f"{m}:2:9")]
+    assert steps.main([*options, *cases]) == 0
+    rows = json.loads(out.read_text())
+    assert len(rows) == len(steps.MODULES) * len(steps.MODES)
+    assert all(row["us"] > 0 and row["ratio"] > 0 for row in rows)
+    assert "differs" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        steps.main(["--case", "LSTMCell:2"])
+
+
+def test_steps_that_differ_are_not_timed(capsys, monkeypatch):
+    from fastcell_bench import steps
+
+    monkeypatch.setattr(fastcell.GRUCell, "_step", lambda self, cell, x, h: (h[0] * 1.001,))
+    with pytest.raises(RuntimeError, match="not.*used in the graph"):
+        steps.main(["--case", "GRUCell:2:9"])
+    monkeypatch.setattr(steps.Step, "training", lambda self: ())
+    assert steps.main(["--case", "GRUCell:2:9"]) == 1
+    assert "differs" in capsys.readouterr().out

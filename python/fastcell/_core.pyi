@@ -266,41 +266,55 @@ class Stream:
         """Run a NumPy array, if it is like the remembered one; False: nothing was done."""
 
 def has_exchange_api(capsule: Any) -> bool:
-    """Whether this object is DLPack's exchange API in a version that ``small_call`` can use."""
+    """Whether this is DLPack's exchange API in a version that ``remembered_call`` can use."""
 
-def small_call(
+def remembered_call(
     stack: Stack,
     exchange_api: Any,
     attributes: dict[str, Any],
     absent: Sequence[str],
     weights: Sequence[tuple[str, Any]],
-    packed: Any,
-    workspace: Any,
-    workspace_pointer: int,
-    packed_pointer: int,
+    none: Sequence[str],
     steps: int,
     batch: int,
     batch_first: bool,
+    single_step: bool,
     threads: int,
+    surroundings: tuple[
+        Sequence[tuple[dict[str, Any], str]],
+        Sequence[Callable[[], Any]],
+        Callable[[], int],
+        Callable[[], bool],
+    ],
+    python: tuple[
+        Callable[[Any], Any],
+        Callable[[int], tuple[int, Any]],
+        Callable[[Any, list[Any]], Any],
+        Callable[..., Any] | None,
+        Callable[..., Any],
+    ],
+    packed: Any,
     templates: Sequence[Any],
-    empty_like: Callable[..., Any],
-    unchanged: Sequence[tuple[dict[str, Any], str]],
-    quiet: Sequence[Callable[[], Any]],
-    threads_now: Callable[[], int],
+    reserve: Any,
     served: list[bool],
 ) -> object:
-    """A layer's call at one shape, which is likely to come again; ``fastcell.small`` makes them.
+    """A module's call at one shape, likely to come again; ``fastcell.remembered`` makes them.
 
     ``attributes``: those of the module that must still be the same objects; ``absent``: those that
-    it must not have; ``unchanged``: entries
-    of dictionaries likewise; ``quiet``: functions that must return nothing true; ``templates``:
-    tensors like the results; ``served``: empty, until a call has been this one.
+    it must not have; ``none``: parameters that it must not have; ``single_step``: of a cell.
+    ``surroundings``: entries of dictionaries that must be the same objects, functions that must
+    return nothing true, those that tell the number of threads and whether gradients are on.
+    ``python``: makes a tensor like another; memory of the thread, as address and owner; packs the
+    weights for an input; puts a call into a graph (None: calls with gradients are not remembered);
+    runs backward what the kernels alone cannot. ``templates``, ``reserve``: tensors like the
+    results, and what backward needs; ``served``: empty, until a call has been this one.
 
-    Returns a function of the layer's ``__dict__``, an input and a tuple of states or None. That
-    returns (output, list of final states), or None, and has done nothing, if anything but numbers
-    has changed.
+    Returns a function of the module's ``__dict__``, an input and a tuple of states or None. That
+    returns (output, tuple of final states), or a cell's states, or None, and has done nothing, if
+    anything but numbers has changed.
 
-    Raises ValueError if ``has_exchange_api`` does not hold.
+    Raises ValueError if ``has_exchange_api`` does not hold, or for a wrong number of weights or
+    results.
     """
 
 def cuda_architectures() -> list[str]:

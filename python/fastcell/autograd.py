@@ -110,26 +110,46 @@ class MappableStack(Function):
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     """The gradients for the arguments of ``apply``; ``grads``: of output and final states."""
     batch_sizes, output, reserve, *tensors = ctx.saved_tensors
-    config, state_count = ctx.config, ctx.state_count
     needs = ctx.needs_input_grad[3 + _EXTRAS :]
-    extras, input, hx, weights = _arguments(state_count, tensors)
+    extras, input, hx, weights = _arguments(ctx.state_count, tensors)
+    found = gradients_of(
+        ctx.config, grads, input, hx, weights, batch_sizes, extras, output, reserve, needs
+    )
+    return *(None,) * (3 + _EXTRAS), *found
+
+
+def gradients_of(
+    config: Config,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    extras: Extras,
+    output: Tensor | None,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """The gradients of [input, *hx, *weights] that are needed, with a graph where one is wanted.
+
+    ``grads``: of output and final states; ``output`` and ``reserve``: what the forward call left
+    (the output for the rule of vmap alone).
+    """
     if transforms.forward_mode() or any([g is not None and _is_legacy_batched(g) for g in grads]):
         # Without rules: forward mode of what ran before in reverse, and the old vmap of
         # torch.autograd.grad(is_grads_batched=True).
-        found = composite_backward(config, grads, input, hx, weights, batch_sizes, extras, needs)
-    elif torch.is_grad_enabled() or _transforms_active():
-        saved = (batch_sizes, *extras, output, reserve)
+        return composite_backward(config, grads, input, hx, weights, batch_sizes, extras, needs)
+    if torch.is_grad_enabled() or _transforms_active():
+        tensors = (*grads, input, *(hx or ()), *weights)
         some = iter(
             RecurrentStackGradient.apply(  # type: ignore[no-untyped-call]
-                config, state_count, needs, *saved, *grads, *tensors[_EXTRAS:]
+                config, len(hx or ()), needs, batch_sizes, *extras, output, reserve, *tensors
             )
         )
-        found = [next(some) if need else None for need in needs]
-    else:
-        found = operators.backward(
-            config, grads[0], grads[1:], input, hx, weights, batch_sizes, extras, reserve, needs
-        )
-    return *(None,) * (3 + _EXTRAS), *found
+        return [next(some) if need else None for need in needs]
+    return operators.backward(
+        config, grads[0], grads[1:], input, hx, weights, batch_sizes, extras, reserve, needs
+    )
 
 
 class RecurrentStackGradient(Function):

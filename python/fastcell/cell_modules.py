@@ -19,18 +19,32 @@ from .cells import (
     gru_cell,
     independent_cell,
     lstm_cell,
+    options_of,
     rnn_cell,
     spec_of,
 )
 from .checks import check_tensors
-from .layer import Swappable
+from .layer import Remembering
+from .plan import Config
+from .remembered import Call
 from .stack import States
 
 __all__ = ["GRUCell", "IndRNNCell", "LSTMCell", "LeakyRNNCell", "RNNCell"]
 
 
-class _Cell(Swappable, torch.nn.RNNCellBase):
-    """What the three cells have in common: one step on checked ranks."""
+# What decides how a cell is run, beside its weights.
+_DECIDING = ("hidden_size", "nonlinearity", "training", "zoneout", "layer_norm", "_cell")
+
+
+class _Cell(Remembering, torch.nn.RNNCellBase):
+    """What the cells have in common: one step on checked ranks."""
+
+    def _again(self, input: Tensor, states: Any) -> Any:
+        """The results, if this is the call that was made before; else None."""
+        if torch.compiler.is_compiling():
+            return None
+        remembered = self.__dict__.get("_remembered")
+        return None if remembered is None else remembered.call(self.__dict__, input, states)
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
         """One step; input (B, I) or (I,), states and results (B, H) or (H,).
@@ -98,6 +112,13 @@ class _Cell(Swappable, torch.nn.RNNCellBase):
             training=self.training,
             single_step=True,
         )
+        draws = self.training and any(options_of(cell).zoneout)
+        if batched and not draws and not torch.compiler.is_compiling():
+            biases, others = ("bias_ih", "bias_hh"), [spec.parameters_name] if spec.rows else []
+            names = ["weight_ih", "weight_hh", *(biases if bias else ()), *others]
+            config = Config(cell, 1, False, bias, False)
+            none = () if bias else biases
+            self._note(input, Call(config, True, weights, names, none, _DECIDING))
         drop = 1 if batched else 2
         if torch._C._get_tracing_state() is not None:  # shapes would become constants
             return tuple([state.squeeze(0 if batched else (0, 1)) for state in states])
@@ -237,6 +258,9 @@ class RNNCell(_Cell):
             self._set_options(rnn_cell(nonlinearity, zoneout), zoneout=zoneout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        again = self._again(input, None if hx is None else (hx,))
+        if again is not None:
+            return again[0]  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
             _refuse_rank("RNNCell", "input", input.dim())
         if hx is not None and hx.dim() not in (1, 2):
@@ -331,6 +355,9 @@ class IndRNNCell(_Cell):
         torch.nn.init.uniform_(self.weight_hh)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        again = self._again(input, None if hx is None else (hx,))
+        if again is not None:
+            return again[0]  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
             _refuse_rank("IndRNNCell", "input", input.dim())
         if hx is not None and hx.dim() not in (1, 2):
@@ -402,6 +429,9 @@ class LSTMCell(_Cell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        again = self._again(input, hx)
+        if again is not None:
+            return again  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
             _refuse_rank("LSTMCell", "input", input.dim())
         if hx is not None:
@@ -460,6 +490,9 @@ class GRUCell(_Cell):
     _options = ("reset_after", "activation", "zoneout", "layer_norm")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        again = self._again(input, None if hx is None else (hx,))
+        if again is not None:
+            return again[0]  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
             _refuse_rank("GRUCell", "input", input.dim())
         if hx is not None and hx.dim() not in (1, 2):

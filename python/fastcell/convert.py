@@ -211,3 +211,4 @@ def _swap(
             swapped[old] = type(old.__name__, (table[old.__bases__[0]],), body)
         new = swapped[old]
     module.__class__ = new
+    module.__dict__.pop("_remembered", None)  # torch.nn's could neither use nor pickle it

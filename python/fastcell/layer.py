@@ -26,26 +26,48 @@ from .cells import (
 from .layer_skip import run_skipping
 from .layer_states import run_all
 from .packing import clear_packed_weights
-from .small import Small
+from .plan import Config
+from .remembered import Call, Remembered
 from .stack import Sequences, States, run_normed, run_stack
 from .weight_dropout import dropped
 
 
-class Swappable(torch.nn.Module):
-    """A module whose parameters torch can exchange for others in ``.to()`` and the like.
+class Remembering(torch.nn.Module):
+    """A module with a memory of its last call, which is this object's and this process' alone.
 
+    Its parameters can be exchanged for others in ``.to()`` and the like:
     torch.__future__.set_swap_module_params_on_conversion(True) asks for that, and torch refuses it
-    while weak references to a parameter are alive: the cache of packed weights holds such.
+    while weak references to a parameter are alive; the cache of packed weights holds such.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if torch.__future__.get_swap_module_params_on_conversion():
             clear_packed_weights()
-            self.__dict__.pop("_small", None)
+            self.__dict__.pop("_remembered", None)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("_remembered", None)
+        return state
 
-class Layer(Swappable, torch.nn.RNNBase):
+    def _note(self, input: Any, call: Call) -> None:
+        """Remember a call that has just run, if it is one that may soon come again."""
+        remembered = self.__dict__.get("_remembered")
+        if remembered is None:
+            remembered = self.__dict__["_remembered"] = Remembered()
+        remembered.note(self, input, call)
+
+
+# What decides how a layer is run, beside its weights.
+_DECIDING = (
+    "mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
+    "bidirectional", "proj_size", "training", "skip", "skip_beside", "layer_norm", "zoneout",
+    "recurrent_dropout", "weight_dropout", "recompute", "_cell",
+)  # fmt: skip
+
+
+class Layer(Remembering, torch.nn.RNNBase):
     """What the layers have in common: where the weights are read, and fastcell's options."""
 
     # Only a layer that was told otherwise has attributes of its own: the others have torch.nn's.
@@ -196,12 +218,6 @@ class Layer(Swappable, torch.nn.RNNBase):
                 return [getattr(self, n, w) for n, w in zip(names, weights, strict=True)]
         return weights
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What was remembered of calls belongs to this object and this process.
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        state.pop("_small", None)
-        return state
-
     def _run(
         self,
         input: Sequences,
@@ -209,13 +225,15 @@ class Layer(Swappable, torch.nn.RNNBase):
         lengths: Tensor | None,
         reset: Sequences | None,
     ) -> tuple[Sequences, States]:
-        """A call: as the small one that it may repeat, or with all that a call takes."""
+        """A call: as the one that it may repeat, or with all that a call takes."""
         compiling = torch.compiler.is_compiling()
-        small = None if compiling else self.__dict__.get("_small")
-        if small is not None and lengths is None and reset is None:
-            found: Any = small.call(self.__dict__, input, states)
-            if found is not None:
-                return found  # type: ignore[no-any-return]
+        alone = not compiling and lengths is None and reset is None
+        if alone:
+            remembered = self.__dict__.get("_remembered")
+            if remembered is not None:
+                found: Any = remembered.call(self.__dict__, input, states)
+                if found is not None:
+                    return found  # type: ignore[no-any-return]
         cell = self.checked_cell()
         weights = self.weights_of_call()
         if self.layer_norm:
@@ -228,12 +246,11 @@ class Layer(Swappable, torch.nn.RNNBase):
             self, cell, input, states, self.dropped(weights), self.refuse, lengths=lengths,
             reset=reset,
         )  # fmt: skip
-        if compiling or torch.is_grad_enabled() or lengths is not None or reset is not None:
-            return result
-        if not self.training or not self._draws(cell):
-            if small is None:
-                small = self.__dict__["_small"] = Small()
-            small.note(self, cell, input, weights)
+        if alone and not (self.training and self._draws(cell)):
+            config = Config(cell, self.num_layers, self.bidirectional, self.bias, self.batch_first)
+            names = self._flat_weights_names
+            differentiable = not self.recompute
+            self._note(input, Call(config, False, weights, names, (), _DECIDING, differentiable))
         return result
 
     def run_all(
@@ -262,8 +279,10 @@ class Layer(Swappable, torch.nn.RNNBase):
         return self.proj_size or self.hidden_size
 
     def _draws(self, cell: str) -> bool:
-        """Whether a call in training draws random numbers for its steps."""
-        return bool(self.recurrent_dropout or self.weight_dropout or any(options_of(cell).zoneout))
+        """Whether a call in training draws random numbers."""
+        dropout = self.dropout and self.num_layers > 1
+        own = self.recurrent_dropout or self.weight_dropout or any(options_of(cell).zoneout)
+        return bool(dropout or own)
 
     def refuse(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
         """Let torch's own checks of the input and of a single state find the words."""
