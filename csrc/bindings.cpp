@@ -239,8 +239,15 @@ PYBIND11_MODULE(_core, m) {
       py::arg("served"),
       "A module's call at one shape, which is likely to come again, as a function.");
 
-  py::class_<BoundStream>(m, "Stream", "A stack that is fed block by block.")
-      .def(py::init<const BoundStack&, int64_t, bool, int>(), py::arg("stack"), py::arg("batch"),
+  py::class_<BoundLinear>(m, "Linear", "A linear layer of a stream.")
+      .def(py::init<bool, int64_t, int64_t>(), py::arg("float64"), py::arg("in_features"),
+           py::arg("out_features"))
+      .def_property_readonly("packed_bytes", &BoundLinear::packed_bytes)
+      .def("pack", &BoundLinear::pack);
+
+  py::class_<BoundStream>(m, "Stream", "Layers that are fed block by block.")
+      .def(py::init<const std::vector<BoundStream::StageOf>&, int64_t, bool, int64_t, bool, int>(),
+           py::arg("stages"), py::arg("features"), py::arg("float64"), py::arg("batch"),
            py::arg("batch_first"), py::arg("threads"))
       .def_property_readonly("current", &BoundStream::current)
       .def("workspace_bytes", &BoundStream::workspace_bytes)

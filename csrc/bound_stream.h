@@ -1,116 +1,84 @@
-// A stack that is fed block by block, its states kept between the calls: nothing is allocated, and
-// little else done, per call. The memory is Python's.
+// Layers that are fed block by block, their states kept between the calls: nothing is allocated,
+// and little else done, per call. The memory is Python's.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <cstring>
-#include <stdexcept>
+#include <optional>
+#include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include "bound_linear.h"
 #include "bound_stack.h"
 
 namespace fastcell {
 
 class BoundStream {
  public:
-  BoundStream(const BoundStack& stack, int64_t batch, bool batch_first, int threads)
-      : stack_(stack), batch_(batch), batch_first_(batch_first), threads_(threads) {}
+  // What a block goes through in turn: a stack, a linear layer, or an activation by its name.
+  using StageOf = std::variant<const BoundStack*, const BoundLinear*, std::string>;
+  // A stage's memory: what was packed, and of each state (h, and c) two buffers (L, B, features).
+  using Memory = std::pair<Pointer, std::vector<std::pair<Pointer, Pointer>>>;
 
-  int64_t workspace_bytes(int64_t steps) const {
-    return stack_.forward_workspace(steps, batch_, steps * batch_, false, false, false, false,
-                                    threads_);
-  }
+  BoundStream(const std::vector<StageOf>& stages, int64_t features, bool float64, int64_t batch,
+              bool batch_first, int threads);
 
-  // states: of each kind (h, and c) a pair, current and next, (L, B, features).
-  void bind(Pointer packed, const std::vector<std::pair<Pointer, Pointer>>& states,
-            Pointer workspace, int64_t most_steps, Pointer output) {
-    call_ = stack_.plain_call(as(packed), as(workspace));
-    if (int(states.size()) > kMaxStates) throw std::invalid_argument("bind: too many states");
-    for (size_t i = 0; i < states.size(); ++i) {
-      call_.state[i] = as(current_ ? states[i].second : states[i].first);
-      call_.final_state[i] = as(current_ ? states[i].first : states[i].second);
-    }
-    most_steps_ = most_steps;
-    scheduled_steps_ = -1;
-    output_ = output;
-    array_rank_ = 0;
-  }
+  int64_t workspace_bytes(int64_t steps) const;
+
+  // output: (most_steps, B, features)
+  void bind(const std::vector<Memory>& memory, Pointer workspace, int64_t most_steps,
+            Pointer output);
 
   // Which of the states' two buffers holds them now.
   int current() const { return current_; }
 
   // x: (steps, B, I) at these strides, in elements.
-  void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row) {
-    if (steps < 1 || steps > most_steps_) throw std::invalid_argument("run: too many steps");
-    const bool barriers = !crowded();
-    if (steps != scheduled_steps_ || barriers != barriers_) {
-      call_.time = {steps, batch_, steps * batch_, nullptr};
-      call_.schedule = stack_.schedule(call_.time, threads_, barriers, true);
-      scheduled_steps_ = steps;
-      barriers_ = barriers;
-    }
-    call_.x = {as<const char>(x), x_step, x_row, false};
-    call_.y = as(output_);
-    stack_.run(call_);
-    for (int i = 0; i < kMaxStates; ++i) {
-      void* const next = call_.final_state[i];
-      call_.final_state[i] = const_cast<void*>(call_.state[i]);
-      call_.state[i] = next;
-    }
-    current_ ^= 1;
-  }
+  void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row);
 
   // The block that has just run was an array of so many dimensions.
   void remember_array(int rank, int64_t steps) {
     array_rank_ = rank;
     array_steps_ = steps;
   }
-
   // Runs an array of the remembered one's dtype and shape: true. Else nothing was done. (To look
   // all that up in Python takes several times as long as a small step.)
-  bool run_array(py::handle array) {
-    if (array_rank_ == 0) return false;
-    Py_buffer view;
-    if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    const Stack& s = stack_.stack();
-    const int64_t item = stack_.item_size();
-    const char* const format = s.dtype == DType::kFloat32 ? "f" : "d";
-    int64_t steps = 1, batch = 1, step = 0, row = 0;
-    const int rank = view.ndim;
-    bool like = rank == array_rank_ && view.format && !std::strcmp(view.format, format) &&
-                view.shape[rank - 1] == s.input && view.strides[rank - 1] == item;
-    for (int i = 0; like && i < rank - 1; ++i) {
-      like = view.strides[i] % item == 0;
-      if (rank == 2 || (i == 0) != batch_first_) {
-        steps = view.shape[i];
-        step = view.strides[i] / item;
-      } else {
-        batch = view.shape[i];
-        row = view.strides[i] / item;
-      }
-    }
-    const auto x = reinterpret_cast<Pointer>(view.buf);
-    PyBuffer_Release(&view);
-    if (!like || steps != array_steps_ || batch != batch_) return false;
-    run(x, steps, step, row);
-    return true;
-  }
+  bool run_array(py::handle array);
 
  private:
-  BoundStack stack_;
-  int64_t batch_;
+  struct Stage {
+    std::optional<BoundStack> stack;
+    std::optional<BoundLinear> linear;
+    Activation activation;  // where it is neither
+    int64_t features;       // of its output
+    ForwardCall call{};     // of a stack
+    const void* packed = nullptr;
+    void* output = nullptr;
+    int64_t scheduled_steps = -1;
+  };
+
+  void run_stack(Stage& stage, const RowMap<const char>& x, int64_t steps);
+  void run_linear(const Stage& stage, const RowMap<const char>& x, int64_t steps) const;
+  void run_activation(const Stage& stage, const RowMap<const char>& x, int64_t steps) const;
+
+  // Whether a stage writes elsewhere than it reads: all but activations, which change what another
+  // stage has written, unless they come first.
+  bool writes(size_t i) const { return i == 0 || stages_[i].stack || stages_[i].linear; }
+  struct Buffers {
+    void* between[2];  // outputs that another stage reads
+    void* stacks;      // what a stack works with
+    Buffers(const BoundStream& stream, int64_t steps, Arena& arena);
+  };
+
+  std::vector<Stage> stages_;
+  const LinearKernels& kernels_;
+  int64_t features_, item_size_, batch_;
   bool batch_first_;
   int threads_;
-  ForwardCall call_{};
-  Pointer output_ = 0;
   int array_rank_ = 0;  // 0: none is remembered
   int64_t array_steps_ = 0;
-  int64_t most_steps_ = 0, scheduled_steps_ = -1;
+  int64_t most_steps_ = 0;
   bool barriers_ = true;
   int current_ = 0;
 };

@@ -39,12 +39,10 @@ class LiveAmplifier:
     """The same network, heard block by block."""
 
     def __init__(self, model: Amplifier) -> None:
-        self.stream = fastcell.Stream(model.lstm)
-        self.weight = model.out.weight.detach().numpy()[0]
-        self.bias = model.out.bias.detach().numpy()
+        self.stream = fastcell.Stream([model.lstm, model.out])
 
     def __call__(self, dry: np.ndarray) -> np.ndarray:
-        return dry + self.stream(dry[:, None]) @ self.weight + self.bias
+        return dry + self.stream(dry[:, None])[:, 0]
 
 
 def pluck(seconds: float, rate: int, generator: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 
 import fastcell
 from fastcell import _core
+from tolerances import tolerance
 
 I, H, T = 5, 19, 40  # noqa: E741
 LAYERS = {
@@ -265,8 +266,15 @@ def test_bad_blocks(block, error, text):
 
 
 def test_bad_layers_and_states():
-    for module in (torch.nn.Linear(2, 3), fastcell.LSTMCell(2, 3)):
-        with pytest.raises(TypeError, match="needs an RNN, LSTM or GRU"):
+    for module, name in (
+        (torch.nn.Linear(2, 3), "needs an RNN, LSTM or GRU layer, got Linear"),
+        ([], "needs an RNN, LSTM or GRU layer, got list"),
+        (fastcell.LSTMCell(2, 3), "takes RNN, LSTM, GRU and Linear .* got LSTMCell"),
+        ([fastcell.GRU(2, 3), torch.nn.GELU()], "got GELU"),
+        ([fastcell.GRU(2, 3), torch.nn.ELU(2.0)], "got ELU.alpha=2.0"),
+        ([fastcell.GRU(2, 3), torch.tanh], "got builtin"),
+    ):
+        with pytest.raises(TypeError, match=name):
             fastcell.Stream(module)
     with pytest.raises(ValueError, match="bidirectional"):
         fastcell.Stream(fastcell.GRU(I, H, bidirectional=True))
@@ -284,13 +292,13 @@ def test_bad_layers_and_states():
         with pytest.raises(ValueError, match="state must be"):
             stream.reset(hx)
     layer.double()
-    with pytest.raises(ValueError, match="float64 now"):
+    with pytest.raises(ValueError, match="float32, these are torch.float64"):
         stream.reload()
     small, large = fastcell.GRU(I, 4), fastcell.GRU(I, 40)
     stream = fastcell.Stream(small)
     for mine, other in zip(small.parameters(), large.parameters(), strict=True):
         mine.data = other.data
-    with pytest.raises(ValueError, match=r"states of \(4,\) .* for \(40,\)"):
+    with pytest.raises(ValueError, match=r"states of \(4,\), .* for \(40,\) now"):
         stream.reload()
     for wrong in ((None,), "a", [None, None]):
         with pytest.raises(ValueError, match="state must be"):
@@ -301,6 +309,145 @@ def test_bad_layers_and_states():
     with pytest.raises(TypeError, match="MaskedArray"):
         stream(np.ma.masked_array(np.zeros((2, I), np.float32)))
     assert "GRU(5, 4)" in repr(stream)
+
+
+class Chain(torch.nn.Module):
+    """Modules one after the other, over a whole sequence."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def linear(*sizes, **kwargs):
+    return torch.nn.Linear(*sizes, **kwargs)
+
+
+CHAINS = {
+    "a head": lambda **k: [fastcell.LSTM(I, H, **k), linear(H, 1, **k)],
+    "wide head": lambda **k: [torch.nn.GRU(I, H, **k), linear(H, 70, bias=False, **k)],
+    "both sides": lambda **k: [
+        linear(I, 9, **k), torch.nn.Tanh(), fastcell.GRU(9, H, **k), linear(H, 7, **k),
+        torch.nn.ReLU(), torch.nn.Dropout(0.5), linear(7, 3, **k), torch.nn.Sigmoid(),
+    ],
+    "several layers": lambda **k: [
+        torch.nn.ELU(), fastcell.RNN(I, H, **k), torch.nn.Softsign(), torch.nn.Identity(),
+        fastcell.LSTM(H, 33, 2, proj_size=6, **k), torch.nn.Tanh(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name, dtype, batch):
+    torch.manual_seed(0)
+    parts = CHAINS[name](dtype=dtype)
+    x = torch.randn(T, batch, I, dtype=dtype)
+    stream = fastcell.Stream(torch.nn.Sequential(*parts), batch)
+    whole_stream = fastcell.Stream(parts, batch)
+    at_once = whole_stream(x).clone()
+    fastcell.convert(model := Chain(*parts).eval())
+    with torch.no_grad():
+        expected = model(x)
+    assert at_once.shape == expected.shape
+    scale = expected.abs().max()
+    assert (at_once - expected).abs().max() <= tolerance(dtype, T, 70) * scale
+    for numpy in (False, True):
+        stream.reset()
+        heard = [
+            torch.as_tensor(stream(x[a:b].numpy() if numpy else x[a:b])).clone()
+            for a, b in blocks(T, torch.Generator().manual_seed(int(numpy)))
+        ]
+        assert torch.equal(torch.cat(heard), at_once)
+
+
+def test_a_chain_from_views_of_a_larger_block():
+    parts = [torch.nn.Tanh(), linear(I, 4), fastcell.GRU(4, H, batch_first=True), linear(H, 2)]
+    wide = torch.randn(3, 2 * T, 2 * I)
+    x = wide[:, ::2, :I]
+    stream = fastcell.Stream(parts, 3)
+    found = stream(x).clone()
+    stream.reset()
+    assert found.shape == (3, T, 2)
+    assert torch.equal(stream(x.contiguous()), found)
+    stream.reset()
+    assert np.array_equal(stream(x.numpy()), found.numpy())
+
+
+def test_large_linear_layers_take_all_threads():
+    parts = [fastcell.GRU(8, 300), linear(300, 500)]
+    x = torch.randn(70, 2, 8)
+    one, two = (fastcell.Stream(parts, 2, threads=n) for n in (1, 2))
+    assert torch.equal(one(x), two(x))
+
+
+def test_states_of_a_chain():
+    gru, lstm = fastcell.GRU(I, H), fastcell.LSTM(H, 7)
+    stream = fastcell.Stream([gru, torch.nn.Tanh(), lstm, linear(7, 1)])
+    x = torch.randn(T, 1, I)
+    first = stream(x).clone()
+    (h,), (h2, c2) = stream.state
+    assert h.shape == (1, 1, H)
+    assert c2.shape == (1, 1, 7)
+    second = stream(x).clone()
+    assert not torch.equal(first, second)
+    stream.reset([h, (h2, c2)])
+    assert torch.equal(stream(x), second)
+    stream.reset([None, (h2, c2)])
+    assert not torch.equal(stream(x), second)
+    stream.reset()
+    assert torch.equal(stream(x), first)
+    with pytest.raises(ValueError, match="expected 2 layers' states, got 1"):
+        stream.reset([h])
+    with pytest.raises(ValueError, match="state must be"):
+        stream.reset([h, h])
+
+
+def test_weights_of_a_chain_are_taken_all_or_none():
+    gru, head = fastcell.GRU(I, H), linear(H, 2)
+    stream = fastcell.Stream([gru, head])
+    x = torch.randn(T, 1, I)
+    before = stream(x).clone()
+    with torch.no_grad():
+        gru.weight_ih_l0.mul_(2)
+        head.weight.mul_(3)
+    kept, head.weight = head.weight, torch.nn.Parameter(torch.randn(2, H + 1))
+    with pytest.raises(ValueError, match=r"made for a weight of \(2, 19\), it is \(2, 20\)"):
+        stream.reload()
+    stream.reset()
+    assert torch.equal(stream(x), before)
+    head.weight = kept
+    stream.reload()
+    stream.reset()
+    assert not torch.equal(stream(x), before)
+
+
+def test_chains_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"Linear.* takes 3 features, but GRU.* gives 19"):
+        fastcell.Stream([fastcell.GRU(I, H), linear(3, 1)])
+    with pytest.raises(ValueError, match="other weights are torch.float32, these are torch.float6"):
+        fastcell.Stream([fastcell.GRU(I, H), linear(H, 1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="bfloat16"):
+        fastcell.Stream([fastcell.GRU(I, H), linear(H, 1, dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="the same batch_first"):
+        fastcell.Stream([fastcell.GRU(I, H, batch_first=True), fastcell.GRU(H, 2)])
+
+
+def test_quantized_layers_in_a_chain():
+    lstm, head = fastcell.LSTM(I, H), linear(H, 1)
+    small = fastcell.quantize(lstm, torch.int8)
+    x = torch.randn(T, 1, I)
+    found = fastcell.Stream([small, head])(x)
+    with torch.no_grad():
+        expected = head(small(x)[0])
+    assert (found - expected).abs().max() <= tolerance(torch.float32, T, H)
 
 
 def test_the_audio_example(tmp_path):

@@ -18,7 +18,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ import fastcell
 from fastcell_bench.ratios import median, paired_ratio
 
 Array = NDArray[np.float32]
-Step = Callable[[Array], Array]
 
 BLOCK = 64
 SIZES = (8, 16, 20, 24, 32, 40, 64)
@@ -61,58 +59,31 @@ def keras_layer(entry: dict[str, object]) -> torch.nn.RNNBase:
     return layer
 
 
-ACTIVATIONS: dict[str, Step] = {
-    "": lambda x: x,
-    "tanh": np.tanh,
-    "sigmoid": lambda x: np.float32(1) / (np.float32(1) + np.exp(-x)),
-}
+ACTIVATIONS = {"tanh": torch.nn.Tanh, "sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
 
 
-def dense(weight: Array, bias: Array, activation: str) -> Step:
+def dense(weight: Array, bias: Array, activation: str) -> list[torch.nn.Module]:
     """weight: (in, out)."""
-    after = ACTIVATIONS[activation]
-    if activation:
-        return lambda x: after(x @ weight + bias)
-    return lambda x: x @ weight + bias
+    layer = torch.nn.Linear(*weight.shape)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight.T))
+        layer.bias.copy_(torch.from_numpy(bias))
+    return [layer, ACTIVATIONS[activation]()] if activation else [layer]
 
 
-class Model:
-    """A chain of streams and dense layers, over blocks (T, 1)."""
-
-    def __init__(self, parts: list[torch.nn.RNNBase | Step]) -> None:
-        self.parts: list[Step] = []
-        self.streams: list[fastcell.Stream] = []
-        for part in parts:
-            if isinstance(part, torch.nn.RNNBase):
-                stream = fastcell.Stream(part, threads=1)
-                self.streams.append(stream)
-                self.parts.append(stream)
-            else:
-                self.parts.append(part)
-
-    def __call__(self, block: Array) -> Array:
-        for part in self.parts:
-            block = part(block)
-        return block
-
-    def reset(self) -> None:
-        for stream in self.streams:
-            stream.reset()
-
-
-def keras_model(file: Path) -> Model:
+def keras_model(file: Path) -> fastcell.Stream:
     """One of RTNeural's models that were exported from Keras."""
-    parts: list[torch.nn.RNNBase | Step] = []
+    parts: list[torch.nn.Module] = []
     for entry in json.loads(file.read_text())["layers"]:
         if entry["type"] in ("lstm", "gru"):
             parts.append(keras_layer(entry))
         else:
             weight, bias = (np.asarray(w, np.float32) for w in entry["weights"])
-            parts.append(dense(weight, bias, entry["activation"]))
-    return Model(parts)
+            parts += dense(weight, bias, entry["activation"])
+    return fastcell.Stream(parts, threads=1)
 
 
-def torch_model(file: Path) -> Model:
+def torch_model(file: Path) -> fastcell.Stream:
     """One of those exported from PyTorch: a layer, three more in one module, and a dense one."""
     values = {name: torch.tensor(v) for name, v in json.loads(file.read_text()).items()}
     cell = next(iter(values)).split(".")[0]
@@ -127,7 +98,7 @@ def torch_model(file: Path) -> Model:
             state[parameter] = value
     stack.load_state_dict(state)
     last = values["dense.weight"].numpy().T, values["dense.bias"].numpy()
-    return Model([stack, dense(*last, "")])
+    return fastcell.Stream([stack, *dense(*last, "")], threads=1)
 
 
 class Peer:
@@ -169,7 +140,7 @@ class Peer:
         self._process.wait()
 
 
-def time_blocks(model: Model, blocks: list[Array], seconds: float) -> float:
+def time_blocks(model: fastcell.Stream, blocks: list[Array], seconds: float) -> float:
     """Nanoseconds per sample."""
     model.reset()
     rounds, begin = 0, time.perf_counter()
@@ -180,7 +151,7 @@ def time_blocks(model: Model, blocks: list[Array], seconds: float) -> float:
     return passed / rounds / sum(len(block) for block in blocks) * 1e9
 
 
-def rows(checkout: Path, scratch: Path) -> list[tuple[str, str, Path, Model]]:
+def rows(checkout: Path, scratch: Path) -> list[tuple[str, str, Path, fastcell.Stream]]:
     """Title, name of the model in rtneural_run.cpp, its file, and fastcell's model."""
     found = []
     for name in ("lstm_1d", "lstm", "lstm_torch", "gru_1d", "gru", "gru_torch"):
@@ -194,7 +165,7 @@ def rows(checkout: Path, scratch: Path) -> list[tuple[str, str, Path, Model]]:
             file = scratch / f"{name}.json"
             state = {f"layer.{k}": v.tolist() for k, v in layer.state_dict().items()}
             file.write_text(json.dumps(state))
-            found.append((f"{cell} 1 -> {size}", name, file, Model([layer])))
+            found.append((f"{cell} 1 -> {size}", name, file, fastcell.Stream(layer, threads=1)))
     return found
 
 

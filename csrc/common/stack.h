@@ -142,6 +142,10 @@ FASTCELL_INLINE int64_t wavefront_steps(int64_t steps, int groups) {
   return each < 4 ? 4 : each;
 }
 
+// Samples per step, of one part of a batch, from which a step multiplies its own input: reading the
+// input's weights anew is hidden behind that many rows of FMAs.
+constexpr int64_t kOwnProjection = 16;
+
 // Where a row (t, b) of the caller's tensor lies.
 template <class T>
 struct RowMap {

@@ -48,6 +48,7 @@ struct TreeKernels {
 
 struct NormedTable;       // normed_table.h
 struct ReservoirKernels;  // reservoir_call.h
+struct LinearKernels;     // linear_call.h
 
 struct Kernels {
   const char* isa;
@@ -65,6 +66,7 @@ struct Kernels {
   uint64_t (*hash)(const void* from, int64_t bytes, uint64_t start);
   const TreeKernels* trees;
   const NormedTable* normed;
+  const LinearKernels* linear;  // of each dtype
 };
 
 // The instruction sets compiled in, lowest first, and whether this CPU has them.

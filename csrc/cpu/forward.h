@@ -226,10 +226,6 @@ class Forward {
   static constexpr int A = Cell::apart;
   static constexpr int joined = G - A;
   static constexpr int lanes = V::lanes;
-  // Samples per step from which a step projects its own input: reading the input weights anew is
-  // hidden behind that many rows of FMAs.
-  static constexpr int64_t kOwnProjection = 16;
-
   // Elements of one row of a full panel's sums.
   static int64_t sums_width(const Panels<T>& h) { return h.blocks_each() * (G + A) * lanes; }
 

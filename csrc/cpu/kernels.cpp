@@ -11,6 +11,7 @@
 #include "engine.h"
 #include "forward.h"
 #include "hash.h"
+#include "linear_call.h"
 #include "measure.h"
 #include "reservoir_call.h"
 
@@ -131,6 +132,7 @@ constexpr CellTable table_of(const CellKernels (&cells)[n]) {
 }  // namespace
 
 extern const ReservoirKernels reservoir_kernels[kDTypes];  // reservoir_kernels.cpp
+extern const LinearKernels linear_kernels[kDTypes];        // linear_kernels.cpp
 extern const NormedTable normed_table;
 extern const TreeKernels tree_table;
 extern const Kernels table;
@@ -149,6 +151,7 @@ const Kernels table = {
     hash_bytes,
     &tree_table,
     &normed_table,
+    linear_kernels,
 };
 
 }  // namespace fastcell::FASTCELL_ISA

@@ -12,6 +12,8 @@ constexpr double kFmaPerLane = 6.0;          // two units at 3 GHz
 constexpr double kNearestBandwidth = 300.0;  // weights in the core's nearest cache
 constexpr double kNearBandwidth = 150.0;     // weights in the core's own cache
 constexpr double kFarBandwidth = 30.0;       // weights in the shared cache
+constexpr double kNotHidden = 0.3;           // of the shorter of work and reading, behind the other
+constexpr double kExchange = 10.0;           // of h, from another core's cache
 constexpr double kStep = 150.0;              // of loops and pointers, per step
 constexpr double kBarrier = 250.0;           // per step; plus a little for every thread
 constexpr double kBarrierPerThread = 30.0;
@@ -52,22 +54,6 @@ struct Model {
     const double units = panels * ceiling(rows, kTileRows);
     const double share = ceiling(units, schedule.unit_threads) / (units > 0 ? units : 1);
 
-    const double weights = columns * double(s.output) * item * share;
-    // What comes past between two readings of a weight: in a wavefront all that its group's layers
-    // have, since they take turns.
-    double between = weights;
-    if (schedule.layer_groups > 1) {
-      const double layers = ceiling(s.layers, schedule.layer_groups);
-      between *= layers * double(s.output + s.layer_input(1)) / double(s.output);
-    }
-    const double bandwidth = between <= kNearestCache             ? kNearestBandwidth
-                             : between <= 0.7 * own_cache_bytes() ? kNearBandwidth
-                                                                  : kFarBandwidth;
-    double step = rows * columns * double(s.output) * share / rate;
-    if (weights / bandwidth > step) step = weights / bandwidth;
-    step += kStep;
-    if (schedule.unit_threads > 1) step += kBarrier + kBarrierPerThread * schedule.unit_threads;
-
     // The group of layers that takes longest sets the pace of a wavefront, which the last group
     // joins once the others have done their first part.
     double most = 0;
@@ -75,10 +61,8 @@ struct Model {
       const Range layers = part(s.layers, group, schedule.layer_groups);
       double sum = 0;
       for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
-        const double projection =
-            double(time.steps) * rows * columns * double(s.layer_input(int(layer))) * share / rate;
-        sum +=
-            (double(time.steps) * step + projection) * (s.directions / schedule.direction_groups);
+        sum += layer_time(schedule, s.layer_input(int(layer)), rows, share, rate, item) *
+               (s.directions / schedule.direction_groups);
       }
       if (sum > most) most = sum;
     }
@@ -89,6 +73,38 @@ struct Model {
       most += parts * (kBarrier + kBarrierPerThread * schedule.layer_groups);
     }
     return most + (schedule.threads() > 1 ? kWake : 0);
+  }
+
+  // Of one layer and direction; rows: of a step, in one part of the batch; share: of its columns
+  // that the busiest thread has.
+  double layer_time(const Schedule& schedule, int64_t input, double rows, double share, double rate,
+                    double item) const {
+    const double columns = double(cell.gates) * double(s.hidden) * share;
+    const double steps = double(time.steps);
+    // Few rows: the input's products are one before the steps, and read their weights seldom.
+    const bool apart = double(time.rows) < double(kOwnProjection) * steps * schedule.batch_groups;
+    const double depth = double(s.output) + (apart ? 0 : double(input));
+    const double weights = columns * depth * item;
+    // What comes past between two readings of a weight: in a wavefront all that its group's layers
+    // have, since they take turns.
+    double between = weights;
+    if (schedule.layer_groups > 1) {
+      const double layers = ceiling(s.layers, schedule.layer_groups);
+      between = columns * layers * double(s.output + s.layer_input(1)) * item;
+    }
+    const double bandwidth = between <= kNearestCache             ? kNearestBandwidth
+                             : between <= 0.7 * own_cache_bytes() ? kNearBandwidth
+                                                                  : kFarBandwidth;
+    const double work = rows * columns * depth / rate, reading = weights / bandwidth;
+    double step = work > reading ? work + kNotHidden * reading : reading + kNotHidden * work;
+    step += kStep;
+    if (const int threads = schedule.unit_threads; threads > 1) {
+      step += kBarrier + kBarrierPerThread * threads;
+      const double others = double(threads - 1) / threads;
+      const double bytes = s.dtype == DType::kFloat32 ? 4 : 8;
+      step += rows * double(s.output) * others * bytes / kExchange;
+    }
+    return steps * step + (apart ? steps * rows * columns * double(input) / rate : 0);
   }
 };
 

@@ -230,10 +230,34 @@ class Stack:
         Raises ValueError for a wrong number of weights.
         """
 
-class Stream:
-    """A stack that is fed block by block; the caller keeps the memory alive."""
+class Linear:
+    """A linear layer, y = W x + b, of a stream."""
 
-    def __init__(self, stack: Stack, batch: int, batch_first: bool, threads: int) -> None: ...
+    def __init__(self, float64: bool, in_features: int, out_features: int) -> None: ...
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that ``pack`` writes."""
+
+    def pack(self, weight: int, bias: int, packed: int, /) -> None:
+        """Write weight (out, in) and bias (out), or 0 for none, as the kernels read them."""
+
+class Stream:
+    """Layers that are fed block by block; the caller keeps the memory alive."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stack | Linear | str],
+        features: int,
+        float64: bool,
+        batch: int,
+        batch_first: bool,
+        threads: int,
+    ) -> None:
+        """``stages``: what a block goes through in turn, activations by their names.
+
+        Raises ValueError for stages that do not fit together.
+        """
+
     @property
     def current(self) -> int:
         """Which of the two buffers of each state holds it now."""
@@ -243,15 +267,14 @@ class Stream:
 
     def bind(
         self,
-        packed: int,
-        states: Sequence[tuple[int, int]],
+        memory: Sequence[tuple[int, Sequence[tuple[int, int]]]],
         workspace: int,
         most_steps: int,
         output: int,
         /,
     ) -> None:
-        """Set the memory: packed weights, two buffers (L, B, features) per state, workspace, output
-        (T, B, features)."""
+        """Set the memory: of each stage packed weights and two buffers (L, B, features) per state;
+        workspace, output (T, B, features)."""
 
     def run(self, x: int, steps: int, x_step: int, x_row: int, /) -> None:
         """Run a block; the states move to the other buffers.
