@@ -26,19 +26,20 @@ class RecordedWeight {
     for (int64_t n : shape_) count_ *= n;
   }
 
-  // The weight, if the dictionary still holds it in the same memory; else null. Borrowed.
-  PyObject* in(PyObject* parameters, const dlpack::ExchangeApi& api) const {
-    PyObject* const weight = PyDict_GetItem(parameters, name_.ptr());
+  // The weight, if the dictionary still holds it in the same memory; else null.
+  py::object in(const py::object& parameters, const dlpack::ExchangeApi& api) const {
+    const auto weight =
+        py::reinterpret_borrow<py::object>(PyDict_GetItem(parameters.ptr(), name_.ptr()));
     dlpack::Tensor view;
-    if (!weight || weight != alive() || !see(weight, api, view)) return nullptr;
+    if (!weight || weight.ptr() != alive() || !see(weight.ptr(), api, view)) return {};
     const bool same = view.data == data_ && view.type_code == dlpack::kFloat &&
                       view.type_bits == bits_ && has_shape(view, shape_) && is_dense(view);
-    return same && !negated(weight) ? weight : nullptr;
+    return same && !negated(weight.ptr()) ? weight : py::object();
   }
 
   // Whether its numbers are those that were recorded, as far as its version tells.
-  bool unchanged(PyObject* weight) const { return version(weight) == version_; }
-  void record_version(PyObject* weight) { version_ = version(weight); }
+  bool unchanged(const py::object& weight) const { return version(weight.ptr()) == version_; }
+  void record_version(const py::object& weight) { version_ = version(weight.ptr()); }
   void add_to(Hash& hash) const { hash.add(data_, count_, bits_ / 8, false); }
 
   const std::vector<int64_t>& shape() const { return shape_; }

@@ -51,11 +51,11 @@ RememberedCall& inside(PyObject* capsule) {
 
 }  // namespace
 
-py::object RememberedCall::make(const BoundStack& stack, const py::object& capsule, Same same,
+py::object RememberedCall::make(const BoundStack& stack, const py::object& exchange_api, Same same,
                                 Surroundings surroundings, Python python, py::object packed,
                                 std::vector<py::object> templates, py::object reserve,
                                 py::list served) {
-  const dlpack::ExchangeApi* const api = exchange_api(capsule);
+  const dlpack::ExchangeApi* const api = fastcell::exchange_api(exchange_api);
   if (!api) throw std::invalid_argument("no exchange API that is known");
   if (int(same.weights.size()) != stack.weight_count()) {
     throw std::invalid_argument("remembered_call: wrong number of weights");
@@ -147,20 +147,21 @@ py::object RememberedCall::call(PyObject* self, PyObject* module, PyObject* inpu
   }
   const bool keep = gradients();
   if (keep && python_.apply.is_none()) return py::none();
-  PyObject* const parameters = PyDict_GetItem(module, parameters_name);
+  // (Held: while the kernels run, and wherever Python does, another thread may put other weights
+  // in their places.)
+  const auto parameters =
+      py::reinterpret_borrow<py::object>(PyDict_GetItem(module, parameters_name));
   if (!parameters) return py::none();
   for (const py::object& name : same_.none) {
-    PyObject* const parameter = PyDict_GetItem(parameters, name.ptr());
-    if (parameter && parameter != Py_None) return py::none();
+    if (PyDict_GetItem(parameters.ptr(), name.ptr()) != Py_None) return py::none();
   }
   bool unchanged = true;
-  std::vector<PyObject*> weights;
+  std::vector<py::object> weights;
   weights.reserve(weights_.size());
   for (const RecordedWeight& recorded : weights_) {
-    PyObject* const weight = recorded.in(parameters, *api_);
-    if (!weight) return py::none();
-    unchanged = unchanged && recorded.unchanged(weight);
-    weights.push_back(weight);
+    weights.push_back(recorded.in(parameters, *api_));
+    if (!weights.back()) return py::none();
+    unchanged = unchanged && recorded.unchanged(weights.back());
   }
   dlpack::Tensor x, seen;
   if (!view(input, x_shape_, x) || x.strides[x.rank - 1] != 1) return py::none();
@@ -204,9 +205,9 @@ py::object RememberedCall::call(PyObject* self, PyObject* module, PyObject* inpu
 }
 
 // Weights that are the same tensors, but not the same numbers.
-void RememberedCall::pack_again(PyObject* input, const std::vector<PyObject*>& weights) {
+void RememberedCall::pack_again(PyObject* input, const std::vector<py::object>& weights) {
   py::list list;
-  for (PyObject* weight : weights) list.append(py::handle(weight));
+  for (const py::object& weight : weights) list.append(weight);
   py::object packed = python_.pack(py::handle(input), list);
   dlpack::Tensor view;
   if (api_->view(packed.ptr(), &view) != 0) throw py::error_already_set();
@@ -218,7 +219,7 @@ void RememberedCall::pack_again(PyObject* input, const std::vector<PyObject*>& w
 
 py::object RememberedCall::with_graph(PyObject* self, const py::object& reserve,
                                       const py::object& results, PyObject* input, PyObject* states,
-                                      const std::vector<PyObject*>& weights) const {
+                                      const std::vector<py::object>& weights) const {
   static PyMethodDef method = {"remembered_backward", as_method(&backward_entry), METH_FASTCALL,
                                nullptr};
   const auto run = owned(PyCFunction_New(&method, self));
@@ -229,7 +230,7 @@ py::object RememberedCall::with_graph(PyObject* self, const py::object& reserve,
       arguments.push_back(PyTuple_GET_ITEM(states, i));
     }
   }
-  arguments.insert(arguments.end(), weights.begin(), weights.end());
+  for (const py::object& weight : weights) arguments.push_back(weight.ptr());
   return owned(
       PyObject_Vectorcall(python_.apply.ptr(), arguments.data(), arguments.size(), nullptr));
 }
@@ -250,6 +251,10 @@ py::object RememberedCall::backward_or_nothing(PyObject* saved, PyObject* gradie
   const Py_ssize_t tensors = PyTuple_GET_SIZE(saved) - 1;  // input, states and weights
   const Py_ssize_t states = tensors - 1 - weights;
   constexpr Py_ssize_t kBefore = 2;  // arguments of apply() before those
+  if ((states != 0 && states != stack_.states()) || PyTuple_GET_SIZE(needs) != kBefore + tensors ||
+      PyTuple_GET_SIZE(gradients) != Py_ssize_t(templates_.size())) {
+    throw std::invalid_argument("a remembered call's backward call: wrong number of tensors");
+  }
   static PyObject* const contiguous = PyUnicode_InternFromString("contiguous");
   if (!undisturbed() || this->gradients()) return {};
 
@@ -270,10 +275,9 @@ py::object RememberedCall::backward_or_nothing(PyObject* saved, PyObject* gradie
     if (!known(weight) || !dense(weight, weights_[i].shape(), seen)) return {};
     w[i] = seen.data;
   }
-  const Py_ssize_t outputs = !same_.single_step, given = PyTuple_GET_SIZE(gradients);
-  if (given != Py_ssize_t(templates_.size())) return {};
+  const Py_ssize_t outputs = !same_.single_step;
   std::vector<py::object> kept_alive(templates_.size());
-  for (Py_ssize_t i = 0; i < given; ++i) {
+  for (Py_ssize_t i = 0; i < Py_ssize_t(templates_.size()); ++i) {
     PyObject* gradient = PyTuple_GET_ITEM(gradients, i);
     if (gradient == Py_None) continue;
     const std::vector<int64_t>& shape = i < outputs ? y_shape_ : state_shapes_[i - outputs];
@@ -356,7 +360,7 @@ bool RememberedCall::view(PyObject* tensor, const std::vector<int64_t>& shape,
                           dlpack::Tensor& out) const {
   return see(tensor, *api_, out) && out.device_type == dlpack::kCpu &&
          out.type_code == dlpack::kFloat && out.type_bits == stack_.item_size() * 8 &&
-         has_shape(out, shape) && !negated(tensor);
+         has_shape(out, shape) && has_memory(out) && !negated(tensor);
 }
 
 py::object RememberedCall::like(PyObject* prototype, dlpack::Tensor& seen) const {

@@ -26,7 +26,7 @@ class RememberedCall {
     std::vector<py::object> absent;  // attributes that it must not have
     // Weights by name, in the order in which they are packed.
     std::vector<std::pair<py::str, py::object>> weights;
-    std::vector<py::object> none;  // parameters that it must not have
+    std::vector<py::object> none;  // parameters that must be None
     int64_t steps, batch;
     bool batch_first;
     bool single_step;  // a cell: input and states are (B, .), and there is no output beside h
@@ -51,9 +51,9 @@ class RememberedCall {
     py::object backward;  // the same as `run`, for all that this is not made for
   };
 
-  // packed: of the weights; templates: tensors as the results are, and as the reserve is; served:
-  // is no longer empty once a call was this one.
-  static py::object make(const BoundStack& stack, const py::object& capsule, Same same,
+  // packed: the weights; templates: tensors as the results are; reserve: one as what the backward
+  // call needs is; served: is no longer empty once a call was this one.
+  static py::object make(const BoundStack& stack, const py::object& exchange_api, Same same,
                          Surroundings surroundings, Python python, py::object packed,
                          std::vector<py::object> templates, py::object reserve, py::list served);
 
@@ -68,7 +68,7 @@ class RememberedCall {
   py::object call(PyObject* self, PyObject* module, PyObject* input, PyObject* states);
   py::object with_graph(PyObject* self, const py::object& reserve, const py::object& results,
                         PyObject* input, PyObject* states,
-                        const std::vector<PyObject*>& weights) const;
+                        const std::vector<py::object>& weights) const;
   py::object backward(PyObject* saved, PyObject* gradients, PyObject* needs);
   // Null where it is not made for that.
   py::object backward_or_nothing(PyObject* saved, PyObject* gradients, PyObject* needs);
@@ -76,7 +76,7 @@ class RememberedCall {
   bool undisturbed() const;
   bool gradients() const;
   bool has_attributes(PyObject* module) const;
-  void pack_again(PyObject* input, const std::vector<PyObject*>& weights);
+  void pack_again(PyObject* input, const std::vector<py::object>& weights);
   std::uint64_t fingerprint() const;
 
   bool plain(PyObject* tensor) const { return Py_TYPE(tensor) == type(tensor_type_); }

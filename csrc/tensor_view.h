@@ -34,6 +34,14 @@ inline bool negated(PyObject* object) {
   return found.ptr() == Py_True;
 }
 
+// Whether it has memory where it has elements: torch has zeros without.
+inline bool has_memory(const dlpack::Tensor& view) {
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.shape[i] == 0) return true;
+  }
+  return view.data != nullptr;
+}
+
 template <class Shape>
 bool has_shape(const dlpack::Tensor& view, const Shape& shape) {
   if (view.rank != int(shape.size())) return false;

@@ -410,6 +410,87 @@ def test_a_bias_that_comes_later(count):
     assert_equal_bits(cell(x).detach(), fresh(cell)(x).detach())
     assert count() == before
 
+    for name in ("bias_ih", "bias_hh"):
+        delattr(cell, name)
+        cell.register_buffer(name, torch.randn(21))
+    for _ in range(4):
+        assert_equal_bits(cell(x).detach(), fresh(cell)(x).detach())
+
+
+def test_weights_that_go_and_come_back():
+    """As an average of weights is put in their place for a while, past the version counter."""
+    cell, x = make_cell("GRUCell"), torch.randn(2, 5)
+    with torch.no_grad():
+        remember(cell, x)
+        wanted = cell(x).clone()
+        kept = [p.data.clone() for p in cell.parameters()]
+        for p in cell.parameters():
+            p.data.mul_(2)
+        cell(x[0])  # packs them, and is not remembered
+        for p, old in zip(cell.parameters(), kept, strict=True):
+            p.data.copy_(old)
+        assert_equal_bits(cell(x), wanted)
+
+
+def test_packed_weights_are_never_written_again():
+    """Another thread's kernels may be reading them."""
+    layer, x = make("LSTM"), torch.randn(3, 2, 5)
+    remember(layer, x)
+    packed = packing._entries[tuple(map(id, layer.parameters()))].packed
+    kept = packed.clone()
+    with torch.no_grad():
+        layer.weight_ih_l0.add_(1)
+    for _ in range(3):
+        layer(x)
+    assert torch.equal(packed, kept)
+
+
+def test_weights_replaced_while_the_kernels_run():
+    python("""
+import threading, time, torch, fastcell
+layer, x = fastcell.LSTM(256, 512), torch.randn(100, 1, 256)
+
+def replace():
+    time.sleep(0.0008)
+    for name, p in list(layer._parameters.items()):
+        setattr(layer, name, torch.nn.Parameter(torch.zeros_like(p)))
+
+for _ in range(25):
+    for _ in range(3):
+        layer(x)
+    thread = threading.Thread(target=replace)
+    thread.start()
+    for _ in range(3):
+        y = layer(x)[0]
+    thread.join()
+    y.sum().backward()
+""")
+
+
+def test_tied_cells_are_swapped():
+    a, b = make_cell("GRUCell"), make_cell("GRUCell")
+    for name in list(a._parameters):
+        setattr(b, name, getattr(a, name))
+    x = torch.randn(2, 5)
+    remember(a, x)
+    remember(b, x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        torch.nn.ModuleList([a, b]).double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert b(x.double()).dtype is torch.float64
+
+
+def test_a_wrong_number_of_tensors_is_refused():
+    layer, x = make("LSTM"), torch.randn(3, 2, 5)
+    remember(layer, x)
+    run = layer(x)[0].grad_fn.run
+    with torch.no_grad():
+        for wrong in [((), (), ()), ((x,) * 6, (None,) * 3, (True,) * 3), (1, 2, 3)]:
+            with pytest.raises(RuntimeError, match="backward call"):
+                run(*wrong)
+
 
 @pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
 def test_reverted_modules_pickle(kind):

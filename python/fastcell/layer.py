@@ -27,7 +27,7 @@ from .layer_skip import run_skipping
 from .layer_states import run_all
 from .packing import clear_packed_weights
 from .plan import Config
-from .remembered import Call, Remembered
+from .remembered import Call, Remembered, forget_all
 from .stack import Sequences, States, run_normed, run_stack
 from .weight_dropout import dropped
 
@@ -43,7 +43,7 @@ class Remembering(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if torch.__future__.get_swap_module_params_on_conversion():
             clear_packed_weights()
-            self.__dict__.pop("_remembered", None)
+            forget_all()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:

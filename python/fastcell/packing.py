@@ -48,21 +48,11 @@ class _Entry:
         self.plan = plan
         self.packed = packed
         self.refs = [weakref.ref(w, on_death) for w in weights]
+        self.versions = [w._version for w in weights]
         self.pointers = [w.data_ptr() for w in weights]
         self.contents = [(w.data_ptr(), w.numel(), w.element_size()) for w in weights]
-        self.note_contents(weights, whole)
-
-    def note_contents(self, weights: Sequence[Tensor], whole: bool) -> None:
-        """After these weights, in the memory where they have been, were packed."""
-        self.versions = [w._version for w in weights]
         self.sample = _core.fingerprint(self.contents, False)
         self.whole = _core.fingerprint(self.contents, True) if whole else None
-
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the weights are where they were, whatever numbers they have now."""
-        return self.pointers == [w.data_ptr() for w in weights] and all(
-            [w.is_contiguous() and not w.is_neg() and not w.is_inference() for w in weights]
-        )
 
     def serves(self, weights: Sequence[Tensor], whole: bool) -> bool:
         return (
@@ -92,12 +82,6 @@ def packed_weights(
     whole = input.numel() >= _MANY_ROWS * call[2]
     if entry is not None and entry.call == call and entry.serves(weights, whole):
         return entry.plan, entry.packed
-    if entry is not None and entry.call == call and entry.is_of(weights):
-        # The weights were changed in place. So is their packed copy: fresh memory costs more than
-        # packing does.
-        pack_into(config, entry.plan, weights, entry.packed, threads)
-        entry.note_contents(weights, whole)
-        return entry.plan, entry.packed
     copies = [dense(w) for w in weights]
     plan = plan_for(config, input, copies)
     packed = pack(config, plan, copies, threads)
@@ -118,19 +102,12 @@ def dense(t: Tensor) -> Tensor:
 def pack(config: Config, plan: Plan, weights: Sequence[Tensor], threads: int) -> Tensor:
     """A packed copy of contiguous weights on the CPU."""
     packed = torch.empty(plan.stack.packed_bytes, dtype=torch.uint8, device="cpu")
-    pack_into(config, plan, weights, packed, threads)
-    return packed
-
-
-def pack_into(
-    config: Config, plan: Plan, weights: Sequence[Tensor], packed: Tensor, threads: int
-) -> None:
-    """The same, into memory of that many bytes."""
     each = len(weights) // (config.num_layers * (2 if config.bidirectional else 1))
     spec = spec_of(config.cell)
     vectors = None if not spec.parameters else each - 1 if spec.recurrent else 1
     weights = [_as_multiplied(config, w, i % each != vectors) for i, w in enumerate(weights)]
     plan.stack.pack([w.data_ptr() for w in weights], packed.data_ptr(), threads)
+    return packed
 
 
 def _as_multiplied(config: Config, weight: Tensor, multiplied: bool) -> Tensor:

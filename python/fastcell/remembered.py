@@ -4,8 +4,8 @@ A step of one sample takes the kernels a few microseconds, and checking it in Py
 A module that is called so twice in a row remembers the call (``_core.remembered_call``); the next
 one is compared with it in C++: attributes, weights (objects, memory, versions, fingerprint), sizes,
 dtype. With gradients, it leaves a node in torch's graph whose backward call is in C++, too. Weights
-that have other numbers than before are packed again; whatever else differs goes the ordinary way,
-where it is refused or run.
+whose numbers have changed (as ``packing`` tells) are packed again; whatever else differs goes the
+ordinary way, where it is refused or run.
 
 It needs torch 2.10, whose DLPack exchange API shows a tensor's memory in a few nanoseconds. Without
 it, or with one of another major version, every call goes the ordinary way.
@@ -14,6 +14,7 @@ it, or with one of another major version, every call goes the ordinary way.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple, cast
@@ -28,7 +29,7 @@ from .autograd import gradients_of
 from .cpu import DTYPES, scratch
 from .plan import NO_EXTRAS, Config, plan_for
 
-# Asked once, here: a call that is to be remembered has run already, and must not fail for this.
+# Asked once, here: nothing that depends on torch's version may fail after a call.
 _EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 if not _core.has_exchange_api(_EXCHANGE_API):
     _EXCHANGE_API = None
@@ -60,6 +61,15 @@ _SURROUNDINGS = (
 _Call = Callable[[dict[str, Any], Any, Any], Any]
 
 
+_all: weakref.WeakSet[Remembered] = weakref.WeakSet()
+
+
+def forget_all() -> None:
+    """Let go of every weight, of which a memory holds weak references."""
+    for one in list(_all):
+        one.call = no_call
+
+
 def no_call(module: dict[str, Any], input: Any, states: Any) -> None:
     """Before there is one."""
 
@@ -72,7 +82,7 @@ class Call(NamedTuple):
         single_step: input and states are (B, .), of a cell; else (T, B, .) or as ``config`` says.
         weights: in the order in which they are packed.
         names: theirs, in the module.
-        none: names of parameters that it must not have.
+        none: names of parameters that must be None.
         attributes: of the module, whatever decides how it is run beside the weights.
         differentiable: whether a call with gradients would take the same way.
     """
@@ -94,9 +104,10 @@ class Remembered:
             and a sequence of final states, or a cell's states.
     """
 
-    __slots__ = ("_last", "_patience", "_seen", "_served", "call")
+    __slots__ = ("__weakref__", "_last", "_patience", "_seen", "_served", "call")
 
     def __init__(self) -> None:
+        _all.add(self)
         # Another thread may put another in its place at any time.
         self.call: _Call = no_call
         self._last: Any = None
