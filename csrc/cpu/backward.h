@@ -159,6 +159,8 @@ class Backward {
     int64_t d_cells_stride;
     Panels<T> over_h;  // columns h_{t-1}
     Panels<T> over_m;  // columns m_t, projected only
+    Share share_h;     // what this thread does of each step's panels
+    Share share_m;
 
     static constexpr int64_t width(const Stack& s) { return (G + A + N) * s.hidden; }
     // The rows of step t, in the buffer of its chunk.
@@ -271,10 +273,6 @@ class Backward {
       }
     }
 
-    Share share(const Panels<T>& panels) const {
-      return Share(panels.count(), place.b0, place.b1, panels.rows_each(), place.index, place.size);
-    }
-
     // d_h of samples [b, b + n): what is carried directly, plus d_gates(later) W_hh.
     // `t`: the later step.
     FASTCELL_INLINE void recurrent_product(int64_t p, int64_t t, int64_t b, int n, T* block) const {
@@ -357,7 +355,7 @@ class Backward {
       const int64_t next = continuing(t);
       T* const d_gates_now = d_gates_of(t);
       T* const d_output_now = s.projected ? d_output_of(t) : nullptr;
-      share(over_h).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+      share_h.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b1 > alive) b1 = alive;
         const int vectors = over_h.vectors(p);
         alignas(64) T block[kRowBlock * kMaxVectors * lanes];
@@ -399,7 +397,7 @@ class Backward {
       if (!s.projected) return;
       place.sync();
       alignas(64) T zeros[kMaxVectors * lanes] = {};
-      share(over_m).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+      share_m.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b1 > alive) b1 = alive;
         const int vectors = over_m.vectors(p);
         alignas(64) T block[kRowBlock * kMaxVectors * lanes];
@@ -426,7 +424,7 @@ class Backward {
       const int64_t alive = time.alive(t), first = time.first(t);
       T* const d_gates_now = d_gates_of(t);
       alignas(64) T zeros[kMaxVectors * lanes] = {};
-      share(over_h).for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
+      share_h.for_each(backwards, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b1 > alive) b1 = alive;
         const int vectors = over_h.vectors(p);
         const T* panel = h_weights + over_h.offset(p) + (G - S) * s.hidden * vectors * lanes;
@@ -540,7 +538,7 @@ class Backward {
     void begin_gradients(int64_t t, int64_t begin, int64_t end) {
       if (!d_initial[0] || begin >= end) return;
       if (s.delay > 0) remembered_gradients(t, begin, end);
-      share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+      share_h.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b0 < begin) b0 = begin;
         if (b1 > end) b1 = end;
         const int vectors = over_h.vectors(p);
@@ -561,7 +559,7 @@ class Backward {
 
     // With a delay, of the h before that.
     void remembered_gradients(int64_t t, int64_t begin, int64_t end) {
-      share(over_h).for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+      share_h.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
         if (b0 < begin) b0 = begin;
         if (b1 > end) b1 = end;
         const int vectors = over_h.vectors(p);
@@ -731,6 +729,12 @@ class Backward {
     }
 
     Direction direction(int dir) const {
+      const Panels<T> over_h{1, s.output, G * s.hidden};
+      const Panels<T> over_m{1, s.projected ? s.hidden : 0, s.output};
+      const auto share = [&](const Panels<T>& panels) {
+        return Share(panels.count(), place.b0, place.b1, panels.rows_each(), place.index,
+                     place.size);
+      };
       Direction d{s,
                   time,
                   place,
@@ -760,8 +764,10 @@ class Backward {
                   {},
                   call.d_cells ? static_cast<const T*>(call.d_cells) + dir * s.hidden : nullptr,
                   s.directions * s.hidden,
-                  Panels<T>{1, s.output, G * s.hidden},
-                  Panels<T>{1, s.projected ? s.hidden : 0, s.output}};
+                  over_h,
+                  over_m,
+                  share(over_h),
+                  share(over_m)};
       for (int i = 0; i < Cell::states; ++i) {
         const int64_t at = flat(dir) * s.state_elements(i, time.all());
         d.initial[i] = call.state[i] ? static_cast<const T*>(call.state[i]) + at : nullptr;

@@ -354,6 +354,25 @@ class Forward {
     }
   }
 
+  // How a thread goes over its panels where a step is one sample: some at a time. A last panel that
+  // is narrower comes first, since it comes alone, and its gates then overlap the other panels'
+  // sums. (Worked out once: divisions take longer than a small step has time for.)
+  struct Turns {
+    bool narrow;
+    int64_t end, count, each;  // panels behind those of full width; these; of them at a time
+
+    Turns(const Share& share, const Panels<T>& panels) {
+      // One tile of rows: a unit of the share is a panel.
+      const bool some = share.begin < share.end;
+      narrow = some && panels.vectors(share.end - 1) < panels.vectors(0);
+      end = share.end - narrow;
+      count = some ? end - share.begin : 0;
+      // As many each, nearly: the last ones would be alone.
+      const int64_t turns = (count + kAtOnce - 1) / kAtOnce;
+      each = turns > 1 ? (count + turns - 1) / turns : count;
+    }
+  };
+
   const Stack& s;
   const Timeline& time;
   const Place& place;
@@ -388,6 +407,8 @@ class Forward {
   T* const masked;
   const T* const zeros;
   const bool hoisted;  // the projections of a chunk of steps before the steps
+  const Share share;   // what this thread does of each step
+  const Turns turns;   // the same, of steps of one sample
   const T* initial[Cell::states];
   T* final_state[Cell::states];
   noise::Bits state_keys[Cell::states];  // of what zoneout draws
@@ -434,7 +455,9 @@ class Forward {
                     : nullptr),
         masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
         zeros(buffers.zeros),
-        hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups) {
+        hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups),
+        share(w.h.count(), place.b0, place.b1, w.h.rows_each(), place.index, place.size),
+        turns(share, w.h) {
     T* reserve = static_cast<T*>(call.reserve);
     const ReserveLayout layout(s, Cell::saved, Cell::states);
     saved = reserve ? reserve + layout.saved_at(s, layer, dir, time.rows) : nullptr;
@@ -646,10 +669,6 @@ class Forward {
     }
   }
 
-  Share share() const {
-    return Share(w.h.count(), place.b0, place.b1, w.h.rows_each(), place.index, place.size);
-  }
-
   // A row of one panel's sums in the buffer of a chunk.
   T* sums_row(int64_t p, int64_t r) const {
     return sums + p * sums_width(w.h) * time.batch * chunk +
@@ -668,21 +687,13 @@ class Forward {
   bool one_sample() const { return place.b1 - place.b0 == 1; }
 
   // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, nearly in the
-  // order of Share::for_each: a last panel that is narrower comes first, since it comes alone, and
-  // its gates then overlap the other panels' sums.
+  // order of Share::for_each.
   template <class F>
   FASTCELL_INLINE void for_panels(bool backwards, F f) const {
-    const Share share = this->share();  // one tile of rows: a unit is a panel
-    if (share.begin >= share.end) return;
-    const bool narrow = w.h.vectors(share.end - 1) < w.h.vectors(0);  // the last may be
-    const int64_t end = share.end - narrow;
-    if (narrow) f(end, 1);
-    // As many each, nearly: the last ones would be alone.
-    const int64_t count = end - share.begin, turns = (count + kAtOnce - 1) / kAtOnce;
-    const int64_t each = turns > 1 ? (count + turns - 1) / turns : count;
-    for (int64_t done = 0, n; done < count; done += n) {
-      n = count - done < each ? count - done : each;
-      f(backwards ? end - done - n : share.begin + done, int(n));
+    if (turns.narrow) f(turns.end, 1);
+    for (int64_t done = 0, n; done < turns.count; done += n) {
+      n = turns.count - done < turns.each ? turns.count - done : turns.each;
+      f(backwards ? turns.end - done - n : share.begin + done, int(n));
     }
   }
 
@@ -693,7 +704,7 @@ class Forward {
       if (place.b0 < time.alive(t0)) project_one(t0);
       return;
     }
-    share().for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
+    share.for_each(false, [&](int64_t p, int64_t b0, int64_t b1) {
       for_row_blocks(time, t0, t1, b0, b1, [&](const Row* rows, int n) {
         const Element* a[kRowBlock];
         T* to[kRowBlock];
@@ -778,7 +789,6 @@ class Forward {
 
   void step(int64_t t, const T* h_before, T* h_after, const T* h_delayed, bool backwards) {
     const int64_t alive = time.alive(t), first = time.first(t), alive_next = going_on(t);
-    const Share share = this->share();
     int64_t panels_done = 0;
     if (!hoisted && x_prepared) prepare_x(t, t + 1);
     prepare_h(h_before, first, alive);
