@@ -145,8 +145,6 @@ py::object RememberedCall::call(PyObject* self, PyObject* module, PyObject* inpu
       !has_attributes(module)) {
     return py::none();
   }
-  const bool keep = gradients();
-  if (keep && python_.apply.is_none()) return py::none();
   // (Held: while the kernels run, and wherever Python does, another thread may put other weights
   // in their places.)
   const auto parameters =
@@ -173,6 +171,8 @@ py::object RememberedCall::call(PyObject* self, PyObject* module, PyObject* inpu
     if (!known(state) || !dense(state, state_shapes_[i], seen)) return py::none();
     call.state[i] = seen.data;
   }
+  const bool keep = gradients() && wants_gradient(input, states, weights);
+  if (keep && python_.apply.is_none()) return py::none();
   if (!unchanged || fingerprint() != fingerprint_) pack_again(input, weights);
 
   py::object reserve;
@@ -334,6 +334,22 @@ bool RememberedCall::undisturbed() const {
   const long threads = PyLong_AsLong(called(surroundings_.threads).ptr());
   if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
   return threads == same_.threads;
+}
+
+// Whether anything that a gradient could be wanted of wants one; `states`: a tuple or None.
+bool RememberedCall::wants_gradient(PyObject* input, PyObject* states,
+                                    const std::vector<py::object>& weights) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  const auto wants = [](PyObject* tensor) {
+    return is_true(owned(PyObject_GetAttr(tensor, name)).ptr());
+  };
+  for (const py::object& weight : weights) {
+    if (wants(weight.ptr())) return true;
+  }
+  for (Py_ssize_t i = 0; states != Py_None && i < PyTuple_GET_SIZE(states); ++i) {
+    if (wants(PyTuple_GET_ITEM(states, i))) return true;
+  }
+  return wants(input);
 }
 
 bool RememberedCall::gradients() const { return is_true(called(surroundings_.gradients).ptr()); }

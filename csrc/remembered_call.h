@@ -75,6 +75,8 @@ class RememberedCall {
 
   bool undisturbed() const;
   bool gradients() const;
+  static bool wants_gradient(PyObject* input, PyObject* states,
+                             const std::vector<py::object>& weights);
   bool has_attributes(PyObject* module) const;
   void pack_again(PyObject* input, const std::vector<py::object>& weights);
   std::uint64_t fingerprint() const;

@@ -275,6 +275,11 @@ def test_nothing_wants_a_gradient(count):
     remember(layer, x)
     assert not layer(x)[0].requires_grad
     assert count() > 0
+    recomputing = make("RNN", recompute=True).requires_grad_(False)
+    remember(recomputing, x)
+    before = count()
+    recomputing(x)  # with gradients on, but none to be computed
+    assert count() == before + 1
     assert layer(x.requires_grad_())[0].requires_grad
 
 
