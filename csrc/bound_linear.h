@@ -1,8 +1,6 @@
 // A linear layer with its kernels.
 #pragma once
 
-#include <algorithm>
-#include <optional>
 #include <stdexcept>
 
 #include "cpu/linear_call.h"

@@ -1,8 +1,8 @@
 """Calls that come again: the same layer or cell, weights and sizes.
 
-A step of one sample takes the kernels a few microseconds, and checking it in Python ten times that.
-A module that is called so twice in a row remembers the call (``_core.remembered_call``); the next
-one is compared with it in C++: attributes, weights (objects, memory, versions, fingerprint), sizes,
+A step of one sample takes the kernels a few microseconds, and checking it in Python longer. A
+module that is called so twice in a row remembers the call (``_core.remembered_call``); the next one
+is compared with it in C++: attributes, weights (objects, memory, versions, fingerprint), sizes,
 dtype. With gradients, it leaves a node in torch's graph whose backward call is in C++, too. Weights
 whose numbers have changed (as ``packing`` tells) are packed again; whatever else differs goes the
 ordinary way, where it is refused or run.
