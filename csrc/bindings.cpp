@@ -253,8 +253,8 @@ PYBIND11_MODULE(_core, m) {
       .def("workspace_bytes", &BoundStream::workspace_bytes)
       .def("bind", &BoundStream::bind)
       .def("run", &BoundStream::run)
-      .def("remember_array", &BoundStream::remember_array)
-      .def("run_array", &BoundStream::run_array);
+      .def("remember", &BoundStream::remember)
+      .def("again", &BoundStream::again);
 
   m.def("cuda_architectures", &cuda::architectures, "What this build has CUDA kernels for.");
   m.def("cuda_runtime_version", &cuda::runtime_version, "12090 for 12.9; 0 without CUDA.");

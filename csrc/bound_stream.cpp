@@ -1,8 +1,12 @@
 #include "bound_stream.h"
 
+#include <pybind11/numpy.h>
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+
+#include "c_function.h"
 
 namespace fastcell {
 
@@ -89,7 +93,7 @@ void BoundStream::bind(const std::vector<Memory>& memory, Pointer workspace, int
     }
   }
   most_steps_ = most_steps;
-  array_rank_ = 0;
+  heard_ = py::object();
 }
 
 void BoundStream::run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row) {
@@ -163,33 +167,60 @@ void BoundStream::run_activation(const Stage& stage, const RowMap<const char>& x
   }
 }
 
-bool BoundStream::run_array(py::handle array) {
-  if (array_rank_ == 0) return false;
-  Py_buffer view;
-  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-    PyErr_Clear();
-    return false;
+void BoundStream::remember(const py::object& array, const py::object& heard, int64_t steps) {
+  array_type_ = py::type::of(array);
+  array_dtype_ = array.attr("dtype");
+  array_rank_ = py::reinterpret_borrow<py::array>(array).ndim();
+  array_steps_ = steps;
+  heard_ = heard;
+}
+
+py::object BoundStream::run_again(PyObject* block) {
+  if (!heard_ || Py_TYPE(block) != reinterpret_cast<PyTypeObject*>(array_type_.ptr())) {
+    return py::none();
   }
-  const char* const format = item_size_ == 4 ? "f" : "d";
+  const auto& array = *py::detail::array_proxy(block);
+  const int rank = array.nd;
+  if (rank != array_rank_ || array.descr != array_dtype_.ptr() ||
+      array.dimensions[rank - 1] != features_ ||
+      (features_ > 1 && array.strides[rank - 1] != item_size_)) {
+    return py::none();
+  }
   int64_t steps = 1, batch = 1, step = 0, row = 0;
-  const int rank = view.ndim;
-  bool like = rank == array_rank_ && view.format && !std::strcmp(view.format, format) &&
-              view.shape[rank - 1] == features_ && view.strides[rank - 1] == item_size_;
-  for (int i = 0; like && i < rank - 1; ++i) {
-    like = view.strides[i] % item_size_ == 0;
+  for (int i = 0; i < rank - 1; ++i) {
+    if (array.strides[i] % item_size_ != 0) return py::none();
     if (rank == 2 || (i == 0) != batch_first_) {
-      steps = view.shape[i];
-      step = view.strides[i] / item_size_;
+      steps = array.dimensions[i];
+      step = array.strides[i] / item_size_;
     } else {
-      batch = view.shape[i];
-      row = view.strides[i] / item_size_;
+      batch = array.dimensions[i];
+      row = array.strides[i] / item_size_;
     }
   }
-  const auto x = reinterpret_cast<Pointer>(view.buf);
-  PyBuffer_Release(&view);
-  if (!like || steps != array_steps_ || batch != batch_) return false;
-  run(x, steps, step, row);
-  return true;
+  if (steps != array_steps_ || batch != batch_) return py::none();
+  const py::object heard = heard_;  // another call may come while the interpreter is free
+  run(reinterpret_cast<Pointer>(array.data), steps, step, row);
+  return heard;
+}
+
+namespace {
+struct Again {
+  py::object owner;
+  BoundStream* stream;
+};
+}  // namespace
+
+PyObject* BoundStream::again_entry(PyObject* capsule, PyObject* block) {
+  return guarded([&] {
+    return static_cast<Again*>(PyCapsule_GetPointer(capsule, nullptr))->stream->run_again(block);
+  });
+}
+
+py::object BoundStream::again(const py::object& self) {
+  static PyMethodDef method = {"again", &again_entry, METH_O, nullptr};
+  auto* const context = new Again{self, self.cast<BoundStream*>()};
+  const py::capsule capsule(context, [](void* p) { delete static_cast<Again*>(p); });
+  return owned(PyCFunction_New(&method, capsule.ptr()));
 }
 
 }  // namespace fastcell

@@ -37,14 +37,13 @@ class BoundStream {
   // x: (steps, B, I) at these strides, in elements.
   void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row);
 
-  // The block that has just run was an array of so many dimensions.
-  void remember_array(int rank, int64_t steps) {
-    array_rank_ = rank;
-    array_steps_ = steps;
-  }
-  // Runs an array of the remembered one's dtype and shape: true. Else nothing was done. (To look
-  // all that up in Python takes several times as long as a small step.)
-  bool run_array(py::handle array);
+  // The block that has just run was this array, and gave this.
+  void remember(const py::object& array, const py::object& heard, int64_t steps);
+
+  // A function of a block: of an array like the remembered one (type, dtype, shape) it returns,
+  // once run, what is remembered with it; else None, and nothing was done. (To look that up in
+  // Python, or through the buffer protocol, takes several times as long as a small step.)
+  static py::object again(const py::object& self);
 
  private:
   struct Stage {
@@ -57,6 +56,9 @@ class BoundStream {
     void* output = nullptr;
     int64_t scheduled_steps = -1;
   };
+
+  static PyObject* again_entry(PyObject* capsule, PyObject* block);
+  py::object run_again(PyObject* block);
 
   void run_stack(Stage& stage, const RowMap<const char>& x, int64_t steps);
   void run_linear(const Stage& stage, const RowMap<const char>& x, int64_t steps) const;
@@ -76,7 +78,8 @@ class BoundStream {
   int64_t features_, item_size_, batch_;
   bool batch_first_;
   int threads_;
-  int array_rank_ = 0;  // 0: none is remembered
+  py::object array_type_, array_dtype_, heard_;  // null: no array is remembered
+  int array_rank_ = 0;
   int64_t array_steps_ = 0;
   int64_t most_steps_ = 0;
   bool barriers_ = true;

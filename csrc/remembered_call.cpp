@@ -6,13 +6,10 @@
 #include <memory>
 #include <stdexcept>
 
+#include "c_function.h"
+
 namespace fastcell {
 namespace {
-
-py::object owned(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
 
 py::object called(const py::object& function) { return owned(PyObject_CallNoArgs(function.ptr())); }
 
@@ -26,19 +23,6 @@ bool is_true(PyObject* object) {
 std::pair<void*, py::object> memory(const py::object& scratch, int64_t bytes) {
   const py::tuple found = scratch(bytes);
   return {as(found[0].cast<Pointer>()), found[1]};
-}
-
-// What a method of C may do: raise.
-template <class F>
-PyObject* guarded(F f) {
-  try {
-    return f().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
 }
 
 PyCFunction as_method(PyObject* (*entry)(PyObject*, PyObject* const*, Py_ssize_t)) {

@@ -17,7 +17,7 @@ from fastcell import _core, packing
 from fastcell.cells import options_of
 from fastcell.cpu_time import row_offsets
 from fastcell.plan import bound_stack
-from support import CELLS, Case, Problem, Values, assert_same_bits, is_parameter, threads
+from support import CELLS, VARIANTS, Case, Problem, Values, assert_same_bits, is_parameter, threads
 
 F32, F64 = torch.float32, torch.float64
 
@@ -228,6 +228,22 @@ def test_one_call_after_the_other(case):
     first = run(problem)
     run(other)
     assert_same_bits(run(problem), first)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("features", [1, 8, 9])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("cell", [*CELLS, *VARIANTS])
+def test_a_sample_alone_with_few_features(cell, dtype, features, count):
+    """Whose steps add the input's terms themselves, up to 8 features. Sizes: parts of a panel, whole
+    ones, and a last one that is padded or has its gates close."""
+    for hidden in (3, 8, 16, 20, 40, 48, 50, 70, 97):
+        problem = Problem(Case(cell, dtype, T=6, B=3, I=features, H=hidden))
+        with threads(count):
+            together = per_sample(run(problem))
+            for b in range(3):
+                alone = per_sample(run(problem.samples([b], "padded")))
+                assert_same_bits(alone, {n: v[:, b : b + 1] for n, v in together.items()})
 
 
 @pytest.mark.parametrize("count", [1, 3])

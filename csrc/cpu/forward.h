@@ -48,14 +48,14 @@ struct PackedDirection {
     parameters = arena.take<T>(x.padded_units() * Cell::parameters);
   }
 
-  // Not of few units: a step of one sample soon reads what it has just written, and that is quick
-  // by the same vectors alone. Only where all products cover the same gates, column by column. And
+  // Not of few units: there a step of one sample takes longer over a panel by itself than it would
+  // over the padding. Only where all products cover the same gates, column by column. And
   // not where a third product's padding would add its zeros, times an h that may be infinite, to a
   // gate that is kept apart.
   static constexpr int64_t compact_above(const Stack& s) {
     constexpr bool aligned = Precision::group == 1 && Cell::second == 0;
     if (!aligned || (Cell::apart > 0 && s.delay > 0)) return INT64_MAX;
-    return (Cell::apart > 0 ? 6 : 2) * Panels<T>::lanes;
+    return (Cell::apart > 0 ? 6 : kAtOnce) * Panels<T>::lanes;
   }
 
   static constexpr int64_t groups(int64_t depth) {
@@ -406,7 +406,8 @@ class Forward {
   const T* const factors;      // of h in the product, (B, output), or null
   T* const masked;
   const T* const zeros;
-  const bool hoisted;  // the projections of a chunk of steps before the steps
+  const bool brief;  // input so small that a step of one sample adds its terms to sums in registers
+  const bool hoisted;  // else, of few samples: the projections of a chunk of steps before the steps
   const Share share;   // what this thread does of each step
   const Turns turns;   // the same, of steps of one sample
   const T* initial[Cell::states];
@@ -455,7 +456,9 @@ class Forward {
                     : nullptr),
         masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
         zeros(buffers.zeros),
-        hoisted(time.rows < kOwnProjection * time.steps * call.schedule.batch_groups),
+        brief(Precision::adds && Cell::second == 0 && s.delay == 0 && one_sample() && !x_prepared &&
+              features <= kBriefInput),
+        hoisted(!brief && time.rows < kOwnProjection * time.steps * call.schedule.batch_groups),
         share(w.h.count(), place.b0, place.b1, w.h.rows_each(), place.index, place.size),
         turns(share, w.h) {
     T* reserve = static_cast<T*>(call.reserve);
@@ -686,6 +689,9 @@ class Forward {
   // Whether a step is one sample: then panels go several at a time.
   bool one_sample() const { return place.b1 - place.b0 == 1; }
 
+  // Features of input whose weights cost a step less to read than sums that lie ready.
+  static constexpr int64_t kBriefInput = 8;
+
   // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, nearly in the
   // order of Share::for_each.
   template <class F>
@@ -741,13 +747,18 @@ class Forward {
     const int64_t r = time.first(t) + place.b0;
     const Element* const a = x_row(t, place.b0, r, sums_first);
     for_panels(false, [&](int64_t p, int n) {
-      const int64_t unit = w.x.first_unit(p);
       T* to[kAtOnce];
       for (int i = 0; i < n; ++i) to[i] = sums_row(p + i, r);
-      Precision::multiply_one(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
-                              w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
-      for (int i = 0; i < n; ++i) begin_apart(p + i, to + i, 1);
+      begin_one(p, n, a, to);
     });
+  }
+
+  // begin_sums() of one sample and n panels.
+  FASTCELL_INLINE void begin_one(int64_t p, int n, const Element* a, T* const* to) const {
+    const int64_t unit = w.x.first_unit(p);
+    Precision::multiply_one(a, to, n, Packed::panel(w.x, w.x_weights, p), w.x_scales + unit * G,
+                            w.x.vectors(p), w.x.depth, w.x_bias + unit * G);
+    for (int i = 0; i < n; ++i) begin_apart(p + i, to + i, 1);
   }
 
   // A step of one sample, whose sums are begun.
@@ -755,23 +766,94 @@ class Forward {
                 bool backwards) {
     const int64_t r = rows.first + rows.b;
     const Element* const a = h_row(h_before, rows.b, r);
+    const Element* const input = brief ? x_row(rows.t, rows.b, r, 0) : nullptr;
     for_panels(backwards, [&](int64_t p, int n) {
       T* sums[kAtOnce];
-      T* to[kAtOnce];
-      for (int i = 0; i < n; ++i) {
-        sums[i] = sums_row(p + i, r);
-        to[i] = sums[i] + A * w.h.gate_width(p);
+      if (!brief) {
+        for (int i = 0; i < n; ++i) sums[i] = sums_row(p + i, r);
       }
       if (s.delay > 0) {
         for (int i = 0; i < n; ++i) add_delayed(p + i, rows.t, rows.b, 1, sums + i, h_delayed);
       }
+      if constexpr (Precision::adds && Cell::second == 0) {
+        if (!w.h.close(p)) return finish_panels(p, n, input, a, sums, rows, h_before, h_after);
+      }
+      alignas(64) T block[(kMaxVectors + 1) * lanes];
+      if (brief) {
+        sums[0] = block;  // a panel of close gates comes alone
+        begin_one(p, 1, input, sums);
+      }
       if constexpr (Cell::recurrent) {
+        T* to[kAtOnce];
+        for (int i = 0; i < n; ++i) to[i] = sums[i] + A * w.h.gate_width(p);
         Precision::multiply_one(a, to, n, Packed::panel(w.h, w.h_weights, p),
                                 w.h_scales + w.h.first_unit(p) * G, w.h.vectors(p), w.h.depth,
                                 nullptr);
       }
       for (int i = 0; i < n; ++i) finish_panel(p + i, sums[i], 0, rows, h_before, h_after);
     });
+  }
+
+  // The rest of a step of one sample for n panels, of gates that have a vector each: the recurrent
+  // product's sums go to the cell's maths in registers. (A way through memory is a third of the
+  // time of a small step.) W panels of N vectors; full ones, or the only one. The sums are begun
+  // with the input's terms, or these are added here.
+  template <int W = kAtOnce, int N = G * (G == 1   ? kMaxVectors
+                                          : G == 2 ? 2
+                                                   : 1)>
+  FASTCELL_INLINE void finish_panels(int64_t p, int n, const Element* input, const Element* a,
+                                     T* const* from, const Rows& rows, const T* h_before,
+                                     T* h_after) {
+    if constexpr (N > G) {
+      if (w.h.vectors(p) < N) {
+        return finish_panels<1, N - G>(p, n, input, a, from, rows, h_before, h_after);
+      }
+    }
+    if constexpr (W > 1) {
+      if (n < W) {
+        return finish_panels<W - 1, N>(p, n, input, a, from, rows, h_before, h_after);
+      }
+    }
+    V sums[W][N], apart[W][A + 1];
+    if (brief) {
+      V begun[W][N];
+      for (int i = 0; i < W; ++i) {
+        const int64_t unit = w.x.first_unit(p + i);
+        for (int v = 0; v < N; ++v) begun[i][v] = V::load(w.x_bias + unit * G + v * lanes);
+        for (int g = 0; g < A; ++g) sums[i][joined + g] = V::load(w.h_bias + unit * A + g * lanes);
+      }
+      Precision::add_one(input, Packed::panel(w.x, w.x_weights, p), w.x.depth, begun);
+      for (int i = 0; i < W; ++i) {
+        for (int g = 0; g < A; ++g) apart[i][g] = begun[i][g];
+        for (int v = A; v < N; ++v) sums[i][v - A] = begun[i][v];
+      }
+    } else {
+      for (int i = 0; i < W; ++i) {
+        for (int g = 0; g < A; ++g) apart[i][g] = V::load(from[i] + g * lanes);
+        for (int v = 0; v < N; ++v) sums[i][v] = V::load(from[i] + (A + v) * lanes);
+      }
+    }
+    if constexpr (Cell::recurrent) {
+      Precision::add_one(a, Packed::panel(w.h, w.h_weights, p), w.h.depth, sums);
+    }
+    const int64_t r = rows.first + rows.b;
+#pragma GCC unroll 4
+    for (int i = 0; i < W; ++i) {
+#pragma GCC unroll 4
+      for (int block = 0; block < N / G; ++block) {
+        const int64_t unit = w.h.first_unit(p + i) + block * lanes, left = s.hidden - unit;
+        V values[G + A];
+        for (int g = 0; g < joined; ++g) values[g] = sums[i][block * G + g];
+        for (int g = 0; g < A; ++g) {
+          values[joined + g] = apart[i][g];
+          values[G + g] = sums[i][joined + g];
+        }
+        V parameters[Cell::parameters + Cell::held + 1];
+        load_parameters(unit, parameters);
+        finish_row(unit, left < lanes ? int(left) : lanes, values, parameters, rows.t, rows.b, r,
+                   rows.b >= rows.alive_next, h_before, h_after);
+      }
+    }
   }
 
   // The cell's maths for one panel and some samples.
@@ -792,7 +874,7 @@ class Forward {
     int64_t panels_done = 0;
     if (!hoisted && x_prepared) prepare_x(t, t + 1);
     prepare_h(h_before, first, alive);
-    if (hoisted && one_sample()) {
+    if ((brief || hoisted) && one_sample()) {
       const int64_t b = place.b0;
       if (b < alive)
         step_one({b, 1, t, first, alive_next}, h_before, h_after, h_delayed, backwards);
@@ -865,18 +947,26 @@ class Forward {
                               const Rows& rows, const T* h_before, T* h_after) {
     if constexpr (Cell::second > 0) return finish_first(unit, from, width, rows, h_before);
     V p[Cell::parameters + Cell::held + 1];
-    for (int i = 0; i < Cell::parameters; ++i) {
-      p[i] = V::load(w.parameters + unit * Cell::parameters + i * lanes);
-    }
+    load_parameters(unit, p);
     for (int row = 0; row < rows.n; ++row, from += width) {
       const int64_t b = rows.b + row, r = rows.first + b;
       V a[G + A + Cell::second];
-      for (int g = 0; g < joined; ++g) a[g] = V::load(from + (A + g) * gate_width);
+      const auto sum = [&](int slot) {
+        return gate_width == lanes ? V::load(from + slot * lanes)
+                                   : load_across(from, slot * gate_width);
+      };
+      for (int g = 0; g < joined; ++g) a[g] = sum(A + g);
       for (int g = 0; g < A; ++g) {
-        a[joined + g] = V::load(from + g * gate_width);
-        a[G + g] = V::load(from + (G + g) * gate_width);
+        a[joined + g] = sum(g);
+        a[G + g] = sum(G + g);
       }
       finish_row(unit, valid, a, p, rows.t, b, r, b >= rows.alive_next, h_before, h_after);
+    }
+  }
+
+  FASTCELL_INLINE void load_parameters(int64_t unit, V* p) const {
+    for (int i = 0; i < Cell::parameters; ++i) {
+      p[i] = V::load(w.parameters + unit * Cell::parameters + i * lanes);
     }
   }
 

@@ -38,13 +38,17 @@ struct Linear {
     const RowMap<const T> x = call.x.as<const T>();
     T* const y = static_cast<T*>(call.y);
     alignas(64) T block[kRowBlock * kMaxVectors * V::lanes];
+    int64_t t = begin / call.batch, b = begin % call.batch;
     for (int64_t r0 = begin; r0 < end; r0 += kRowBlock) {
       const int n = int(end - r0 < kRowBlock ? end - r0 : kRowBlock);
       const T* a[kRowBlock];
       T* c[kRowBlock];
       for (int i = 0; i < n; ++i) {
-        const int64_t r = r0 + i;
-        a[i] = x.at(r / call.batch, r % call.batch, r);
+        a[i] = x.at(t, b, r0 + i);
+        if (++b == call.batch) {
+          b = 0;
+          ++t;
+        }
       }
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int vectors = panels.vectors(p);
@@ -55,8 +59,12 @@ struct Linear {
         }
         multiply_panel<Plain<T>>(a, c, n, packed.weights + panels.offset(p), vectors, panels.depth,
                                  V::lanes, packed.bias + unit);
-        for (int i = 0; i < n && !full; ++i) {
-          std::memcpy(y + (r0 + i) * call.out + unit, c[i], (call.out - unit) * sizeof(T));
+        for (int v = 0; v < vectors && !full; ++v) {
+          const int64_t at = unit + v * V::lanes, left = call.out - at;
+          for (int i = 0; i < n && left > 0; ++i) {
+            store_first(y + (r0 + i) * call.out + at, V::load(c[i] + v * V::lanes),
+                        left < V::lanes ? int(left) : V::lanes);
+          }
         }
       }
     }

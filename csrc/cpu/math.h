@@ -1,8 +1,11 @@
 // exp-based vector functions. One algorithm for float and double:
 //
 //   expm1(y) = 2^n p(r) + (2^n - 1),   y = n ln 2 + r, |r| <= ln 2 / 2, p(r) = expm1(r)
-//   tanh(x)  = sign(x) E / (E + 2),    E = expm1(2 |x|)
+//   tanh(x)  = sign(x) E / (E + 1),    E = expm1(2 |x|) / 2
 //   sigmoid(x) = 1 / (1 + exp(-x))
+//
+// A step of a single sample waits for one after another of these, so what counts is the longest
+// chain of operations: numerator and denominator are made side by side from the same p.
 //
 // Contract (tests/test_math.py measures it, over all floats of the range for float):
 //   tanh     all x        float <= 3 ULP, double <= 3 ULP; +-inf -> +-1, NaN -> NaN, -0 -> -0
@@ -21,8 +24,10 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504088896341f;
-  static constexpr float ln2_high = 0.693359375f;  // 10 bits: n ln2_high is exact
-  static constexpr float ln2_low = -2.12194440e-4f;
+  // ln 2 in two parts. Where a product is rounded before it is added, the first has so few bits
+  // (10) that n times it is exact.
+  static constexpr float ln2 = kFused ? 0.693147182464599609f : 0.693359375f;
+  static constexpr float ln2_rest = kFused ? -1.90465429995776805e-9f : -2.12194440e-4f;
   static constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int mantissa = 23;
   static constexpr int bias = 127;
@@ -32,14 +37,14 @@ struct ExpConstants<float> {
                                      0.00836652857153f, 0.00138825202477f};
   static constexpr float tanh_limit = 10.0f;  // |x| above which tanh rounds to 1
   static constexpr float exp_least = -87.3f;  // 2^n still a normal number
-  static constexpr float exp_most = 88.8f;    // 2^n just infinite
+  static constexpr float exp_most = 88.37f;   // 2^n not yet infinite
 };
 
 template <>
 struct ExpConstants<double> {
   static constexpr double log2e = 1.4426950408889634074;
-  static constexpr double ln2_high = 6.93147180369123816490e-01;  // 32 bits
-  static constexpr double ln2_low = 1.90821492927058770002e-10;
+  static constexpr double ln2 = kFused ? 0.693147180559945286 : 6.93147180369123816490e-01;
+  static constexpr double ln2_rest = kFused ? 2.31904681384629956e-17 : 1.90821492927058770002e-10;
   static constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr int bias = 1023;
@@ -59,34 +64,45 @@ struct ExpConstants<double> {
                                       1.0 / 6227020800.0};
   static constexpr double tanh_limit = 22.0;
   static constexpr double exp_least = -708.3;
-  static constexpr double exp_most = 709.8;
+  static constexpr double exp_most = 709.4;
 };
 
-// The terms [first, terms) of q, without r^first: pairs of them, which do not wait for one another,
-// and these by powers of r^2.
-template <class T, int first = 0>
-FASTCELL_INLINE Vec<T> polynomial(Vec<T> r, Vec<T> r2) {
+// Two terms of f q(f r), without (f r)^i. The factor f is a power of 2, which changes no digit.
+template <class T, int factor, int i>
+FASTCELL_INLINE Vec<T> two_terms(Vec<T> r) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  if constexpr (first + 1 == C::terms) {
-    return V(C::q[first]);
+  constexpr auto scaled = [](int term) {
+    T value = C::q[term] * factor;
+    for (int k = 0; k < term; ++k) value *= factor;
+    return value;
+  };
+  if constexpr (i + 1 == C::terms) {
+    return V(scaled(i));
   } else {
-    const V pair = fma(V(C::q[first + 1]), r, V(C::q[first]));
-    if constexpr (first + 2 == C::terms) {
-      return pair;
-    } else {
-      return fma(r2, polynomial<T, first + 2>(r, r2), pair);
-    }
+    return fma(V(scaled(i + 1)), r, V(scaled(i)));
   }
 }
 
-// exp(y) split as scale (1 + p): scale = 2^n, p = expm1(r). |y| must stay within the limits above.
+// The terms [i, terms): pairs of them, which do not wait for one another, and these by powers of
+// r^2.
+template <class T, int factor, int i>
+FASTCELL_INLINE Vec<T> terms_from(Vec<T> r, Vec<T> r2) {
+  const Vec<T> two = two_terms<T, factor, i>(r);
+  if constexpr (i + 2 >= ExpConstants<T>::terms) {
+    return two;
+  } else {
+    return fma(r2, terms_from<T, factor, i + 2>(r, r2), two);
+  }
+}
+
+// exp(factor x) = scale (1 + factor p): scale = 2^n, factor p = expm1(factor x - n ln 2). x must
+// stay within the limits above.
 template <class T>
 struct SplitExp {
   Vec<T> scale, p;
 };
 
-// Of y = factor x, factor = -1 or 2 (by which multiplying is exact).
 template <class T, int factor>
 FASTCELL_INLINE SplitExp<T> split_exp(Vec<T> x) {
   using V = Vec<T>;
@@ -95,11 +111,20 @@ FASTCELL_INLINE SplitExp<T> split_exp(Vec<T> x) {
   const V shift(C::shift + C::bias);
   const V shifted = fma(x, V(factor * C::log2e), shift);
   const V n = shifted - shift;
-  const V y = factor == 2 ? x + x : -x;
-  const V r = fma(n, V(-C::ln2_low), fma(n, V(-C::ln2_high), y));
-  const V scale = V::from_bits(shifted.bits() << C::mantissa);
-  const V r2 = r * r;
-  return {scale, fma(r2, polynomial<T>(r, r2), r)};
+  const V r = fma(n, V(-C::ln2 / factor), x);
+  const V whole = fma(n, V(-C::ln2_rest / factor), r);
+  // What a float of all its bits leaves out matters to first order alone, not to the powers of r.
+  const V base = kFused && sizeof(T) == 4 ? r : whole;
+  const V base2 = base * base;
+  V p;
+  if constexpr (factor < 0) {
+    // Two powers side by side: sooner, but rounded once more, for which tanh has no room.
+    p = fma(base2 * base2, terms_from<T, factor, 2>(base, base2),
+            fma(base2, two_terms<T, factor, 0>(base), whole));
+  } else {
+    p = fma(base2, terms_from<T, factor, 0>(base, base2), whole);
+  }
+  return {V::from_bits(shifted.bits() << C::mantissa), p};
 }
 
 template <class T>
@@ -107,18 +132,17 @@ FASTCELL_INLINE Vec<T> sigmoid(Vec<T> x) {
   using V = Vec<T>;
   const V most(-ExpConstants<T>::exp_least), least(-ExpConstants<T>::exp_most);
   const SplitExp<T> e = split_exp<T, -1>(max(least, min(most, x)));  // NaN passes through
-  // scale may be infinite, where the result is 0: so no sum of two infinities here.
-  return quotient(V(1), fma(e.scale, V(1) + e.p, V(1)));
+  return reciprocal(fma(-e.scale, e.p, e.scale + V(1)), x, least);
 }
 
 template <class T>
 FASTCELL_INLINE Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;
-  const V limit(ExpConstants<T>::tanh_limit);
+  const V limit(ExpConstants<T>::tanh_limit), half(T(0.5));
   const typename V::Bits sign = V(T(-0.0)).bits();
   const SplitExp<T> e = split_exp<T, 2>(min(limit, V::from_bits(x.bits() & ~sign)));
-  const V expm1 = fma(e.scale, e.p, e.scale - V(1));
-  const V magnitude = quotient(expm1, expm1 + V(2));
+  const V magnitude = quotient(fma(e.scale, e.p, fma(e.scale, half, -half)),
+                               fma(e.scale, e.p, fma(e.scale, half, half)));
   return V::from_bits(magnitude.bits() | (x.bits() & sign));
 }
 

@@ -23,6 +23,7 @@ struct Exact {
   static constexpr int group = 1;
   static constexpr bool prepared = false;  // rows of T serve as they are
   static constexpr bool scaled = false;    // weights come with a scale per column
+  static constexpr bool adds = true;       // whether there is add_one()
   static constexpr int64_t head = 0;       // bytes before a prepared row's elements
 
   // Bytes from one prepared row to the next.
@@ -55,6 +56,13 @@ struct Exact {
                                            const T*, int vectors, int64_t depth, const T* init) {
     const int64_t step = depth * vectors * Vec<T>::lanes;
     multiply_across<Plain<T>>(a, c, panels, panel, step, vectors, depth, Vec<T>::lanes, init);
+  }
+
+  // The same of W panels of N vectors, with sums in registers.
+  template <int W, int N>
+  static FASTCELL_INLINE void add_one(const T* a, const T* panel, int64_t depth,
+                                      Vec<T> (&sums)[W][N]) {
+    add_across<Plain<T>>(a, panel, depth * N * Vec<T>::lanes, depth, sums);
   }
 };
 
@@ -223,6 +231,7 @@ struct BFloat16 {
   static constexpr int group = 2;
   static constexpr bool prepared = true;
   static constexpr bool scaled = false;
+  static constexpr bool adds = true;
   static constexpr int64_t head = 0;
 
   static constexpr int64_t row_bytes(int64_t depth) { return prepared_row_bytes((depth + 1) * 2); }
@@ -272,6 +281,19 @@ struct BFloat16 {
 #endif
     multiply_across<BFloat16Widened>(a, c, panels, panel, step, vectors, depth, lanes, init);
   }
+
+  template <int W, int N>
+  static FASTCELL_INLINE void add_one(const Element* a, const Element* panel, int64_t depth,
+                                      Vec<float> (&sums)[W][N]) {
+    const int64_t step = depth * N * Vec<float>::lanes * group;
+#if defined(__AVX512F__)
+    if (bfloat16_dots) {
+      add_across<BFloat16Dots>(a, panel, step, depth, sums);
+      return;
+    }
+#endif
+    add_across<BFloat16Widened>(a, panel, step, depth, sums);
+  }
 };
 
 // Weights in 8 bits with a scale per column; rows in 8 bits with a scale of their own, the largest
@@ -281,6 +303,7 @@ struct Int8 {
   static constexpr int group = 4;
   static constexpr bool prepared = true;
   static constexpr bool scaled = true;
+  static constexpr bool adds = false;
   static constexpr int64_t head = 64;
 
   static constexpr int64_t row_bytes(int64_t depth) { return prepared_row_bytes(head + depth); }

@@ -36,6 +36,13 @@ constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
+// Whether fma() rounds once.
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 // `in_memory` reads what is there whatever it was written as; `stored` writes numbers of its type:
 // the compiler need not expect that a store changes a pointer or a size.
 template <class T>
@@ -150,24 +157,35 @@ struct Vec {
   }
 };
 
-// a / b to within 0.6 ULP, for |b| from 2^-126 to infinity and quotients that are normal numbers
-// (or 0, of an infinite b); NaN of a NaN. Where dividing 16 floats takes 16 cycles (Intel; AMD: 3
-// to 10), by an estimate of 14 bits and one correction with the remainder.
+// a / b to within one ULP, for b from 0.5 to 2^126, and NaN of a NaN. Where dividing 16 floats
+// takes 16 cycles (Intel; AMD: 3 to 10), by an estimate of 14 bits and one correction.
 template <class T>
 FASTCELL_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    if (__builtin_expect(estimate_quotients, 0)) {
-      const __m512 estimate = _mm512_maskz_rcp14_ps(__mmask16(-1), b.v);
-      const Vec<T> first = a * Vec<T>(estimate);
-      const Vec<T> remainder = fma(-b, first, a);
-      // Not where b is infinite: infinity times 0 is no remainder.
-      const __mmask16 finite = _mm512_cmp_ps_mask(b.v, Vec<T>(__builtin_inff()).v, _CMP_NEQ_UQ);
-      return Vec<T>(_mm512_maskz_fmadd_ps(finite, remainder.v, estimate, first.v));
+    if (estimate_quotients) {
+      const Vec<T> estimate(_mm512_maskz_rcp14_ps(__mmask16(-1), b.v));
+      const Vec<T> first = a * estimate;
+      return fma(fma(-b, estimate, Vec<T>(1)), first, first);
     }
   }
 #endif
   return a / b;
+}
+
+// 1 / b likewise, for b below 2^128; but 0 where x is below `least`.
+template <class T>
+FASTCELL_INLINE Vec<T> reciprocal(Vec<T> b, Vec<T> x, Vec<T> least) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (estimate_quotients) {
+      const __mmask16 some = _mm512_cmp_ps_mask(x.v, least.v, _CMP_NLT_UQ);
+      const Vec<T> estimate(_mm512_maskz_rcp14_ps(some, b.v));
+      return fma(fma(-b, estimate, Vec<T>(1)), estimate, estimate);
+    }
+  }
+#endif
+  return select(x < least, Vec<T>(0), Vec<T>(1) / b);
 }
 
 // The first n lanes from memory, zero behind them: the tail of a row whose length is no multiple
@@ -186,6 +204,29 @@ FASTCELL_INLINE Vec<T> load_first(const T* p, int n) {
   V r(T(0));
   for (int i = 0; i < n; ++i) r.v[i] = p[i];
   return r;
+#endif
+}
+
+// A vector from any column of a row that has just been written in whole vectors, as far as one lies
+// behind it: read in such, since a CPU waits for memory where what it reads lies in two writes.
+template <class T>
+FASTCELL_INLINE Vec<T> load_across(const T* row, int64_t column) {
+  using V = Vec<T>;
+#if defined(__AVX512F__)
+  const int64_t within = column % V::lanes;
+  const T* const first = row + (column - within);
+  const V low = V::load(first), high = V::load(first + V::lanes);
+  if constexpr (sizeof(T) == 4) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i from = _mm512_add_epi32(lane, _mm512_set1_epi32(int(within)));
+    return V(_mm512_permutex2var_ps(low.v, from, high.v));
+  } else {
+    const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i from = _mm512_add_epi64(lane, _mm512_set1_epi64(within));
+    return V(_mm512_permutex2var_pd(low.v, from, high.v));
+  }
+#else
+  return V::load(row + column);
 #endif
 }
 

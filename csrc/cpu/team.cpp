@@ -90,11 +90,12 @@ bool crowded() {
 
 void run_team(int threads, Work work, const void* context) {
   (void)registered;
-  Barrier barriers[kMaxBarriers];
   if (threads <= 1 || forked.load(std::memory_order_relaxed)) {
-    work(Team{0, 1, &barriers[0]}, barriers, context);
+    Barrier unused[2];  // the team's, and that of its one part
+    work(Team{0, 1, &unused[0]}, unused, context);
     return;
   }
+  Barrier barriers[kMaxBarriers];
   const int64_t lost_before = lost.load(std::memory_order_relaxed);
 #pragma omp parallel num_threads(threads)
   {

@@ -177,41 +177,63 @@ FASTCELL_CALLED void multiply_panel(const typename P::Element* const* a, typenam
 // leave nothing in the nearest cache for the next step.)
 constexpr int kAtOnce = 3;
 
-// One chain of one row over W panels, `step` elements apart: c[w] += a times the panel, or init +
-// that (init: [W][N vectors]). An element's sum is the one that tile() makes.
+// Adds one row times W panels, `step` elements apart, to their sums in registers. An element's sum
+// is the one that multiply_panel() makes.
 template <class P, int W, int N>
-void tile_across(const typename P::Element* a, const typename P::Element* panel, int64_t step,
-                 int64_t count, typename P::Sum* const* c, int64_t c_step,
-                 const typename P::Sum* init) {
+FASTCELL_INLINE void add_across(const typename P::Element* a, const typename P::Element* panel,
+                                int64_t step, int64_t depth, Vec<typename P::Sum> (&sums)[W][N]) {
   using V = Vec<typename P::Sum>;
-  V acc[W][N];
+  do {
+    const int64_t count = depth < kChain ? depth : kChain;
+    V chain[W][N];
 #pragma GCC unroll 4
-  for (int w = 0; w < W; ++w) {
+    for (int w = 0; w < W; ++w) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[w][n] = V(0);
-  }
-  for (int64_t k = 0; k < count; ++k, panel += N * V::lanes * P::group) {
+      for (int n = 0; n < N; ++n) chain[w][n] = V(0);
+    }
+    for (int64_t k = 0; k < count; ++k, a += P::group, panel += N * V::lanes * P::group) {
 #pragma GCC unroll 4
-    for (int part = 0; part < P::parts; ++part) {
-      const auto x = P::row(a + k * P::group, part);
+      for (int part = 0; part < P::parts; ++part) {
+        const auto x = P::row(a, part);
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) {
+        for (int w = 0; w < W; ++w) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-          acc[w][n] =
-              P::add(x, P::columns(panel + w * step + n * V::lanes * P::group, part), acc[w][n]);
+          for (int n = 0; n < N; ++n) {
+            chain[w][n] = P::add(x, P::columns(panel + w * step + n * V::lanes * P::group, part),
+                                 chain[w][n]);
+          }
         }
       }
     }
-  }
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[w][n] = sums[w][n] + chain[w][n];
+    }
+    depth -= count;
+  } while (depth > 0);
+}
+
+// The same with sums in memory, whose vectors are c_step apart: c[w] += a times the panel, or init
+// + that (init: [W][N vectors]).
+template <class P, int W, int N>
+void tile_across(const typename P::Element* a, const typename P::Element* panel, int64_t step,
+                 int64_t depth, typename P::Sum* const* c, int64_t c_step,
+                 const typename P::Sum* init) {
+  using V = Vec<typename P::Sum>;
+  V sums[W][N];
   const int64_t init_step = init ? V::lanes : c_step;
 #pragma GCC unroll 4
   for (int w = 0; w < W; ++w) {
     const auto* const from = init ? init + w * N * V::lanes : c[w];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      (V::load(from + n * init_step) + acc[w][n]).store(c[w] + n * c_step);
-    }
+    for (int n = 0; n < N; ++n) sums[w][n] = V::load(from + n * init_step);
+  }
+  add_across<P>(a, panel, step, depth, sums);
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[w][n].store(c[w] + n * c_step);
   }
 }
 
@@ -231,13 +253,7 @@ FASTCELL_INLINE void multiply_across(const typename P::Element* a, typename P::S
       return multiply_across<P, W - 1, N>(a, c, panels, panel, step, vectors, depth, c_step, init);
     }
   }
-  int64_t k = 0;
-  do {
-    const int64_t count = depth - k < kChain ? depth - k : kChain;
-    tile_across<P, W, N>(a + k * P::group, panel + k * N * Vec<typename P::Sum>::lanes * P::group,
-                         step, count, c, c_step, k == 0 ? init : nullptr);
-    k += count;
-  } while (k < depth);
+  tile_across<P, W, N>(a, panel, step, depth, c, c_step, init);
 }
 
 }  // namespace fastcell::FASTCELL_ISA

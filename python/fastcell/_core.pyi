@@ -282,11 +282,13 @@ class Stream:
         Raises ValueError for no step, or more steps than ``bind`` was told.
         """
 
-    def remember_array(self, rank: int, steps: int, /) -> None:
-        """What ``run_array`` will take, until ``bind`` is called."""
+    def remember(self, array: Any, heard: Any, steps: int, /) -> None:
+        """What a block like ``array``, of so many steps, gives to the function that ``again`` made,
+        until ``bind`` is called."""
 
-    def run_array(self, array: Any, /) -> bool:
-        """Run a NumPy array, if it is like the remembered one; False: nothing was done."""
+    def again(self) -> Callable[[Any], Any]:
+        """A function that runs a NumPy array, if it is like the remembered one, and returns what
+        is remembered with it; else None, and nothing was done."""
 
 def has_exchange_api(capsule: Any) -> bool:
     """Whether this is DLPack's exchange API in a version that ``remembered_call`` can use."""
