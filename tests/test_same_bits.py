@@ -235,8 +235,8 @@ def test_one_call_after_the_other(case):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("cell", [*CELLS, *VARIANTS])
 def test_a_sample_alone_with_few_features(cell, dtype, features, count):
-    """Whose steps add the input's terms themselves, up to 8 features. Sizes: parts of a panel, whole
-    ones, and a last one that is padded or has its gates close."""
+    """Whose steps add the input's terms themselves, up to 8 features. Sizes: parts of a panel,
+    whole ones, and a last one that is padded or has its gates close."""
     for hidden in (3, 8, 16, 20, 40, 48, 50, 70, 97):
         problem = Problem(Case(cell, dtype, T=6, B=3, I=features, H=hidden))
         with threads(count):

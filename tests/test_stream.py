@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import fastcell
-from fastcell import _core
 from tolerances import tolerance
 
 I, H, T = 5, 19, 40  # noqa: E741
@@ -133,6 +132,20 @@ def test_arrays_that_come_again(batch, batch_first):
         ("tensor", 2, False), ("array", 2, False), ("array", 4, False), ("strided", 4, True),
         ("columns", 4, False), ("array", 4, True),
     ]  # fmt: skip
+
+
+def test_columns_of_one_feature_come_again():
+    """x[a:b, None] has a stride there that means nothing: it is no reason to copy or look up."""
+    layer = fastcell.GRU(1, H)
+    x = torch.randn(12, 1)
+    expected, _ = whole(layer, x[:, None])
+    stream = fastcell.Stream(layer)
+    samples = x[:, 0].numpy()
+    for start in (0, 4, 8):
+        again = stream._again(samples[start : start + 4, None])
+        assert (again is not None) == (start > 0)
+        heard = again if start else stream(samples[start : start + 4, None])
+        assert torch.equal(torch.as_tensor(heard), expected[start : start + 4, 0])
 
 
 def test_arrays_that_come_again_are_still_checked():

@@ -166,14 +166,14 @@ FASTCELL_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
     if (estimate_quotients) {
       const Vec<T> estimate(_mm512_maskz_rcp14_ps(__mmask16(-1), b.v));
       const Vec<T> first = a * estimate;
-      return fma(fma(-b, estimate, Vec<T>(1)), first, first);
+      return fma(fma(-b, first, a), estimate, first);
     }
   }
 #endif
   return a / b;
 }
 
-// 1 / b likewise, for b below 2^128; but 0 where x is below `least`.
+// 1 / b likewise, for b up to 2^128; but 0 where x is below `least`.
 template <class T>
 FASTCELL_INLINE Vec<T> reciprocal(Vec<T> b, Vec<T> x, Vec<T> least) {
 #if defined(__AVX512F__)
