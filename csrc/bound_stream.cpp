@@ -66,7 +66,7 @@ int64_t BoundStream::workspace_bytes(int64_t steps) const {
 }
 
 void BoundStream::bind(const std::vector<Memory>& memory, Pointer workspace, int64_t most_steps,
-                       Pointer output) {
+                       Pointer output, py::object owners) {
   if (memory.size() != stages_.size()) throw std::invalid_argument("bind: memory for each stage");
   Arena arena(as(workspace));
   const Buffers buffers(*this, most_steps, arena);
@@ -93,6 +93,7 @@ void BoundStream::bind(const std::vector<Memory>& memory, Pointer workspace, int
     }
   }
   most_steps_ = most_steps;
+  owners_ = std::move(owners);
   heard_ = py::object();
 }
 
@@ -168,6 +169,7 @@ void BoundStream::run_activation(const Stage& stage, const RowMap<const char>& x
 }
 
 void BoundStream::remember(const py::object& array, const py::object& heard, int64_t steps) {
+  if (!py::isinstance<py::array>(array)) throw std::invalid_argument("remember: not an array");
   array_type_ = py::type::of(array);
   array_dtype_ = array.attr("dtype");
   array_rank_ = py::reinterpret_borrow<py::array>(array).ndim();
@@ -181,8 +183,12 @@ py::object BoundStream::run_again(PyObject* block) {
   }
   const auto& array = *py::detail::array_proxy(block);
   const int rank = array.nd;
-  if (rank != array_rank_ || array.descr != array_dtype_.ptr() ||
-      array.dimensions[rank - 1] != features_ ||
+  // (An array that was pickled has a dtype of its own, which is equal.)
+  const auto same_dtype = [&] {
+    return array.descr == array_dtype_.ptr() ||
+           py::reinterpret_borrow<py::object>(array.descr).equal(array_dtype_);
+  };
+  if (rank != array_rank_ || !same_dtype() || array.dimensions[rank - 1] != features_ ||
       (features_ > 1 && array.strides[rank - 1] != item_size_)) {
     return py::none();
   }

@@ -27,9 +27,9 @@ class BoundStream {
 
   int64_t workspace_bytes(int64_t steps) const;
 
-  // output: (most_steps, B, features)
+  // output: (most_steps, B, features); owners: of all that memory, kept with it.
   void bind(const std::vector<Memory>& memory, Pointer workspace, int64_t most_steps,
-            Pointer output);
+            Pointer output, py::object owners);
 
   // Which of the states' two buffers holds them now.
   int current() const { return current_; }
@@ -37,7 +37,7 @@ class BoundStream {
   // x: (steps, B, I) at these strides, in elements.
   void run(Pointer x, int64_t steps, int64_t x_step, int64_t x_row);
 
-  // The block that has just run was this array, and gave this.
+  // The block that has just run was this NumPy array, and gave this.
   void remember(const py::object& array, const py::object& heard, int64_t steps);
 
   // A function of a block: of an array like the remembered one (type, dtype, shape) it returns,
@@ -78,6 +78,7 @@ class BoundStream {
   int64_t features_, item_size_, batch_;
   bool batch_first_;
   int threads_;
+  py::object owners_;
   py::object array_type_, array_dtype_, heard_;  // null: no array is remembered
   int array_rank_ = 0;
   int64_t array_steps_ = 0;

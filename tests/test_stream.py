@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -146,6 +147,29 @@ def test_columns_of_one_feature_come_again():
         assert (again is not None) == (start > 0)
         heard = again if start else stream(samples[start : start + 4, None])
         assert torch.equal(torch.as_tensor(heard), expected[start : start + 4, 0])
+
+
+def test_arrays_with_a_dtype_of_their_own_come_again():
+    """As those that were pickled have, on their way from another process."""
+    stream = fastcell.Stream(fastcell.LSTM(I, H))
+    x = np.ones((2, I), np.float32)
+    stream(x)
+    other = pickle.loads(pickle.dumps(x))
+    assert other.dtype is not x.dtype
+    assert stream._again(other) is not None
+    assert stream._again(x.astype(">f4")) is None
+
+
+def test_what_runs_arrays_keeps_the_memory():
+    layer = fastcell.LSTM(I, H)
+    x = torch.randn(6, I)
+    expected, _ = whole(layer, x[:, None])
+    stream = fastcell.Stream(layer)
+    stream(x[:3].numpy())
+    again = stream._again
+    del stream
+    torch.full((1 << 16,), torch.nan)  # what was freed would be this
+    assert torch.equal(torch.as_tensor(again(x[3:].numpy())), expected[3:, 0])
 
 
 def test_arrays_that_come_again_are_still_checked():

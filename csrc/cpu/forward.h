@@ -4,8 +4,8 @@
 // pointwise maths on the sums that the product has just left in the nearest cache. Those sums begin
 // with the input projection. Few samples: the projection of a chunk of steps is one product before
 // them, so that its weights are read once for many rows. Many: each step begins its own sums, which
-// then never leave the nearest cache. Either way an element is the same sum of chains, and has the
-// same bits.
+// then never leave the nearest cache. One sample of few features: its steps add the input's terms
+// in registers. In any way an element is the same sum of chains, and has the same bits.
 #pragma once
 
 #include "math.h"
@@ -456,7 +456,7 @@ class Forward {
                     : nullptr),
         masked(buffers.masked + (factors ? team.index * buffers.h_size : 0)),
         zeros(buffers.zeros),
-        brief(Precision::adds && Cell::second == 0 && s.delay == 0 && one_sample() && !x_prepared &&
+        brief(can_be_brief && s.delay == 0 && one_sample() && !x_prepared &&
               features <= kBriefInput),
         hoisted(!brief && time.rows < kOwnProjection * time.steps * call.schedule.batch_groups),
         share(w.h.count(), place.b0, place.b1, w.h.rows_each(), place.index, place.size),
@@ -691,6 +691,9 @@ class Forward {
 
   // Features of input whose weights cost a step less to read than sums that lie ready.
   static constexpr int64_t kBriefInput = 8;
+  // Whether a step's sums stay in registers, and whether the input's terms can be added there.
+  static constexpr bool in_registers = Precision::adds && Cell::second == 0;
+  static constexpr bool can_be_brief = in_registers && !Precision::prepared;
 
   // Calls f(p, n) for this thread's panels [p, p + n) of one width, n <= kAtOnce, nearly in the
   // order of Share::for_each.
@@ -775,13 +778,15 @@ class Forward {
       if (s.delay > 0) {
         for (int i = 0; i < n; ++i) add_delayed(p + i, rows.t, rows.b, 1, sums + i, h_delayed);
       }
-      if constexpr (Precision::adds && Cell::second == 0) {
+      if constexpr (in_registers) {
         if (!w.h.close(p)) return finish_panels(p, n, input, a, sums, rows, h_before, h_after);
       }
       alignas(64) T block[(kMaxVectors + 1) * lanes];
-      if (brief) {
-        sums[0] = block;  // a panel of close gates comes alone
-        begin_one(p, 1, input, sums);
+      if constexpr (can_be_brief) {
+        if (brief) {
+          sums[0] = block;  // a panel of close gates comes alone
+          begin_one(p, 1, input, sums);
+        }
       }
       if constexpr (Cell::recurrent) {
         T* to[kAtOnce];
@@ -798,9 +803,7 @@ class Forward {
   // product's sums go to the cell's maths in registers. (A way through memory is a third of the
   // time of a small step.) W panels of N vectors; full ones, or the only one. The sums are begun
   // with the input's terms, or these are added here.
-  template <int W = kAtOnce, int N = G * (G == 1   ? kMaxVectors
-                                          : G == 2 ? 2
-                                                   : 1)>
+  template <int W = kAtOnce, int N = G * blocks_fitting(G)>
   FASTCELL_INLINE void finish_panels(int64_t p, int n, const Element* input, const Element* a,
                                      T* const* from, const Rows& rows, const T* h_before,
                                      T* h_after) {
@@ -815,18 +818,8 @@ class Forward {
       }
     }
     V sums[W][N], apart[W][A + 1];
-    if (brief) {
-      V begun[W][N];
-      for (int i = 0; i < W; ++i) {
-        const int64_t unit = w.x.first_unit(p + i);
-        for (int v = 0; v < N; ++v) begun[i][v] = V::load(w.x_bias + unit * G + v * lanes);
-        for (int g = 0; g < A; ++g) sums[i][joined + g] = V::load(w.h_bias + unit * A + g * lanes);
-      }
-      Precision::add_one(input, Packed::panel(w.x, w.x_weights, p), w.x.depth, begun);
-      for (int i = 0; i < W; ++i) {
-        for (int g = 0; g < A; ++g) apart[i][g] = begun[i][g];
-        for (int v = A; v < N; ++v) sums[i][v - A] = begun[i][v];
-      }
+    if (can_be_brief && brief) {
+      if constexpr (can_be_brief) begin_in_registers<W, N>(p, input, sums, apart);
     } else {
       for (int i = 0; i < W; ++i) {
         for (int g = 0; g < A; ++g) apart[i][g] = V::load(from[i] + g * lanes);
@@ -853,6 +846,23 @@ class Forward {
         finish_row(unit, left < lanes ? int(left) : lanes, values, parameters, rows.t, rows.b, r,
                    rows.b >= rows.alive_next, h_before, h_after);
       }
+    }
+  }
+
+  // begin_sums() of one sample, in registers; `apart`: of the gates apart, the input's terms.
+  template <int W, int N>
+  FASTCELL_INLINE void begin_in_registers(int64_t p, const Element* input, V (&sums)[W][N],
+                                          V (&apart)[W][A + 1]) const {
+    V begun[W][N];
+    for (int i = 0; i < W; ++i) {
+      const int64_t unit = w.x.first_unit(p + i);
+      for (int v = 0; v < N; ++v) begun[i][v] = V::load(w.x_bias + unit * G + v * lanes);
+      for (int g = 0; g < A; ++g) sums[i][joined + g] = V::load(w.h_bias + unit * A + g * lanes);
+    }
+    Precision::add_one(input, Packed::panel(w.x, w.x_weights, p), w.x.depth, begun);
+    for (int i = 0; i < W; ++i) {
+      for (int g = 0; g < A; ++g) apart[i][g] = begun[i][g];
+      for (int v = A; v < N; ++v) sums[i][v - A] = begun[i][v];
     }
   }
 
@@ -952,8 +962,9 @@ class Forward {
       const int64_t b = rows.b + row, r = rows.first + b;
       V a[G + A + Cell::second];
       const auto sum = [&](int slot) {
-        return gate_width == lanes ? V::load(from + slot * lanes)
-                                   : load_across(from, slot * gate_width);
+        // (Where gates are apart, what was written begins a gate's width further.)
+        return A > 0 || gate_width == lanes ? V::load(from + slot * gate_width)
+                                            : load_across(from, slot * gate_width);
       };
       for (int g = 0; g < joined; ++g) a[g] = sum(A + g);
       for (int g = 0; g < A; ++g) {

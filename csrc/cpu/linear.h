@@ -38,6 +38,7 @@ struct Linear {
     const RowMap<const T> x = call.x.as<const T>();
     T* const y = static_cast<T*>(call.y);
     alignas(64) T block[kRowBlock * kMaxVectors * V::lanes];
+    if (begin == end) return;
     int64_t t = begin / call.batch, b = begin % call.batch;
     for (int64_t r0 = begin; r0 < end; r0 += kRowBlock) {
       const int n = int(end - r0 < kRowBlock ? end - r0 : kRowBlock);
@@ -61,7 +62,7 @@ struct Linear {
                                  V::lanes, packed.bias + unit);
         for (int v = 0; v < vectors && !full; ++v) {
           const int64_t at = unit + v * V::lanes, left = call.out - at;
-          for (int i = 0; i < n && left > 0; ++i) {
+          for (int i = 0; i < n; ++i) {
             store_first(y + (r0 + i) * call.out + at, V::load(c[i] + v * V::lanes),
                         left < V::lanes ? int(left) : V::lanes);
           }

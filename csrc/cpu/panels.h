@@ -12,6 +12,9 @@
 
 namespace fastcell::FASTCELL_ISA {
 
+// Unit blocks whose gates fit a panel.
+constexpr int blocks_fitting(int gates) { return gates == 1 ? kMaxVectors : gates == 2 ? 2 : 1; }
+
 template <class T>
 struct Panels {
   static constexpr int lanes = Vec<T>::lanes;
@@ -23,7 +26,7 @@ struct Panels {
 
   // Unit blocks (of `lanes` units) per full panel.
   int blocks_each() const {
-    const int fitting = gates == 1 ? kMaxVectors : gates == 2 ? 2 : 1;
+    const int fitting = blocks_fitting(gates);
     return fitting < most_blocks ? fitting : most_blocks;
   }
   int64_t units_each() const { return int64_t(blocks_each()) * lanes; }

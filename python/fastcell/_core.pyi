@@ -271,10 +271,11 @@ class Stream:
         workspace: int,
         most_steps: int,
         output: int,
+        owners: Any,
         /,
     ) -> None:
         """Set the memory: of each stage packed weights and two buffers (L, B, features) per state;
-        workspace, output (T, B, features)."""
+        workspace, output (T, B, features). ``owners`` of it are kept."""
 
     def run(self, x: int, steps: int, x_step: int, x_row: int, /) -> None:
         """Run a block; the states move to the other buffers.

@@ -287,6 +287,9 @@ class Stream:
             self._workspace.data_ptr(),
             self._steps,
             self._output[0].data_ptr(),
+            [self._workspace, self._output[0]]
+            + [(layer.packed, layer.states) for layer in self._layers]
+            + [stage.packed for stage in self._stages if isinstance(stage, _Linear)],
         )
 
     @property
