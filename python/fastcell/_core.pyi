@@ -287,7 +287,7 @@ class Stream:
         """What a block like ``array``, of so many steps, gives to the function that ``again`` made,
         until ``bind`` is called."""
 
-    def again(self) -> Callable[[Any], Any]:
+    def again(self) -> object:
         """A function that runs a NumPy array, if it is like the remembered one, and returns what
         is remembered with it; else None, and nothing was done."""
 

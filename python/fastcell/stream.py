@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -268,7 +268,8 @@ class Stream:
             self._features, self.dtype is torch.float64, self._batch_size, self._batch_first,
             self._threads,
         )  # fmt: skip
-        self._again = self._bound.again()  # what to do with an array like the last one
+        # What to do with an array like the last one.
+        self._again = cast(Callable[[Any], Any], self._bound.again())
 
     def _reserve(self, steps: int) -> None:
         """Make room for blocks of this many steps."""
