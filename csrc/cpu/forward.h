@@ -801,8 +801,8 @@ class Forward {
 
   // The rest of a step of one sample for n panels, of gates that have a vector each: the recurrent
   // product's sums go to the cell's maths in registers, since a way through memory would
-  // lengthen what every step waits for. W panels of N vectors; full ones, or the only one. The sums are begun
-  // with the input's terms, or these are added here.
+  // lengthen what every step waits for. W panels of N vectors; full ones, or the only one. The sums
+  // are begun with the input's terms, or these are added here.
   template <int W = kAtOnce, int N = G * blocks_fitting(G)>
   FASTCELL_INLINE void finish_panels(int64_t p, int n, const Element* input, const Element* a,
                                      T* const* from, const Rows& rows, const T* h_before,
